@@ -1,0 +1,42 @@
+"""The edge of every command: parse with tyro, and turn bad input into one sentence and exit code 2.
+
+    if __name__ == "__main__":
+        command(main)
+
+`InputError` is the only exception a user may cause. Anything else is our bug and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message says what was got, what was expected, what to do."""
+
+
+def fail(message: object, code: int = 2) -> None:
+    """Print one `error:` line to stderr and leave with `code`."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def guarded(function: Callable[[], object]) -> None:
+    """Run `function`; an `InputError` or a failing disk is a sentence (exit 2), Ctrl-C is exit 130."""
+    try:
+        function()
+    except InputError as error:
+        fail(error)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise  # a library's own OSError subclass: not a file the user named
+        where = f"{error.filename}: " if error.filename is not None else ""
+        fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C; what was written is whole: run the same command to continue", 130)
+
+
+def command(main: Callable[..., object]) -> None:
+    """Run `main` as a command line: its signature is the options, its docstring the help."""
+    import tyro
+
+    guarded(lambda: tyro.cli(main))
