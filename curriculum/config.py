@@ -107,6 +107,17 @@ class Optim(Table):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the end, over the peak."""
 
+    def lr_scale(self, progress: float) -> float:
+        """Learning rate over its peak at `progress` in [0, 1]: rise, flat, fall to `floor` (a trapezoid).
+
+        >>> Optim(warmup_frac=0.1, cooldown_frac=0.5).lr_scale(0.05), Optim(cooldown_frac=0.5).lr_scale(0.75)
+        (0.5, 0.5)
+        """
+        if progress < self.warmup_frac:
+            return progress / self.warmup_frac
+        left = (1 - progress) / self.cooldown_frac if self.cooldown_frac else 1.0
+        return self.floor + (1 - self.floor) * min(1.0, left)
+
 
 class Config(Table):
     run: Run = Run()

@@ -8,22 +8,25 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T")
 
 
 class InputError(ValueError):
     """What the user gave cannot work. The message says what was got, what was expected, what to do."""
 
 
-def fail(message: object, code: int = 2) -> None:
+def fail(message: object, code: int = 2) -> NoReturn:
     """Print one `error:` line to stderr and leave with `code`."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
-def guarded(function: Callable[[], object]) -> None:
-    """Run `function`; an `InputError` or a failing disk is a sentence (exit 2), Ctrl-C is exit 130."""
+def guarded(function: Callable[[], T]) -> T:
+    """The result of `function`; an `InputError` or a failing disk is a sentence (exit 2), Ctrl-C is exit 130."""
     try:
-        function()
+        return function()
     except InputError as error:
         fail(error)
     except OSError as error:

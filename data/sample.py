@@ -43,7 +43,8 @@ def main(out: Path = Path("data/stdlib"), tokens: int = 2_000_000, vocab_size: i
     modules, num_skipped = stdlib_modules(int(tokens * CHARACTERS_A_TOKEN))
     num_characters = sum(map(len, modules.values()))
     print(
-        f"{len(modules)} modules, {num_characters / 1e6:.1f} MB of Python {sys.version.split()[0]}; {num_skipped} not UTF-8"
+        f"{len(modules)} modules, {num_characters / 1e6:.1f} MB of Python {sys.version.split()[0]}; "
+        f"{num_skipped} not in UTF-8 passed over"
     )
     with atomic_folder(out) as folder:
         about = write_splits(folder, modules, vocab_size)

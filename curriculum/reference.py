@@ -1,0 +1,222 @@
+"""Reference models: whatever turns packed tokens into hidden states, and a head we apply ourselves.
+
+    checkpoint   a .pt file of train_gpt.py, or a run folder (its last.pt)
+    directory    a causal LM saved by `transformers`, or the id of one on the Hub (extra: `hf`)
+
+The backbone is called for hidden states only; logits are never materialised (`curriculum.moments` reduces them).
+Attention stays within documents: both kinds use the trainer's own `attend`.
+
+This module alone imports `train_gpt`, and only where a model is opened: nothing else knows how to run a checkpoint.
+
+Shapes: T tokens of one packed row   D hidden width   V vocabulary
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curriculum.moments import CAPS, Moments, token_moments
+from data.cli import InputError
+from data.shards import Corpus
+
+
+@dataclass(frozen=True)
+class Reference:
+    about: dict  # what identifies it: goes into the provenance of every score
+    hidden: Callable[[Tensor, np.ndarray], Tensor]  # tokens int64 (T,), bounds (documents + 1,) -> (T, D)
+    head_VD: Tensor
+    vocab_size: int
+    device: torch.device
+    bias_V: Tensor | None = None
+    cap: float = 0.0
+    cap_kind: str = "rsqrt"
+
+    @torch.inference_mode()
+    def moments(self, input_T: np.ndarray, target_T: np.ndarray, bounds: np.ndarray) -> Moments:
+        """NLL, entropy and varentropy of every prediction of packed documents; fp32 tensors (T,) on the CPU."""
+        token_T, target_T = (torch.from_numpy(x.astype(np.int64)).to(self.device) for x in (input_T, target_T))
+        found = token_moments(
+            self.hidden(token_T, bounds),
+            self.head_VD,
+            target_T,
+            bias_V=self.bias_V,
+            vocab_size=self.vocab_size,
+            cap=self.cap,
+            cap_kind=self.cap_kind,
+        )
+        return Moments(*(column.cpu() for column in found))
+
+
+def open_reference(name: str, corpus: Corpus, max_len: int, *, device: str = "auto", dtype: str = "auto") -> Reference:
+    """Open a checkpoint, a run folder, a model directory or a Hub id, and check that it fits the corpus.
+
+    Raises InputError if it cannot be found or read, has another vocabulary, holds NaN, or cannot see max_len tokens.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no usable CUDA GPU; use --device cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype}: expected auto, float32 or bfloat16")
+    path = Path(name)
+    if path.is_dir() and (path / "last.pt").is_file():
+        path = path / "last.pt"
+    opened = open_checkpoint if path.is_file() else open_transformers
+    return opened(str(path) if path.exists() else name, corpus, max_len, torch.device(device), getattr(torch, dtype))
+
+
+def open_checkpoint(name: str, corpus: Corpus, max_len: int, device: torch.device, dtype: torch.dtype) -> Reference:
+    """A checkpoint of our own trainer. It computes in fp32 on CPU and bf16 on CUDA, as it was trained."""
+    from curriculum.config import validate
+    from train_gpt import GPT, documents, load_checkpoint
+
+    saved = load_checkpoint(Path(name))
+    if not {"model", "config", "vocab_size"} <= saved.keys():
+        raise InputError(f"{name}: a .pt file, but not a checkpoint of train_gpt.py")
+    if saved["vocab_size"] != corpus.vocab_size:
+        raise InputError(
+            f"{name}: the reference has {saved['vocab_size']} token ids, the shards in {corpus.folder} have "
+            f"{corpus.vocab_size}: it was trained on another vocabulary"
+        )
+    cfg = validate(saved["config"], name)
+    model = GPT(cfg.model, saved["vocab_size"])
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise InputError(f"{name}: its weights do not fit this version of train_gpt.py: {error}") from None
+    refuse_nan(name, model)
+    if max_len > cfg.data.seq_len:
+        print(f"note: {name} was trained on segments of {cfg.data.seq_len} tokens and scores segments of {max_len}")
+    model.to(device).eval()
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Reference(
+        about=dict(kind="checkpoint", weights_sha256=weights_sha256(model), step=saved["step"], dtype=str(compute)[6:]),
+        hidden=lambda token_T, bounds: model.hidden(token_T, documents(bounds, max_len, device)),
+        head_VD=model.head.detach().to(compute),
+        vocab_size=saved["vocab_size"],
+        device=device,
+        cap=cfg.model.softcap,
+    )
+
+
+def open_transformers(name: str, corpus: Corpus, max_len: int, device: torch.device, dtype: torch.dtype) -> Reference:
+    """A causal LM through `transformers`, with our attention in place of its own."""
+    if not Path(name).exists() and (name.startswith((".", "/")) or name.endswith(".pt") or name.count("/") > 1):
+        raise InputError(f"{name}: no such checkpoint, run folder or model directory")
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            f"{name}: a transformers model needs the extra: pip install 'entropy-curriculum[hf]'"
+        ) from None
+    from train_gpt import attend, documents
+
+    transformers.logging.set_verbosity_error()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # it raises OSError, ValueError and its HTTP library's errors alike
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: not a model directory here, nor reachable on the Hub ({reason})") from None
+    refuse_nan(name, model)
+    model.to(device).eval()
+    about_model = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError(f"{name}: has no output head: not a causal language model")
+    # More ids than the shards' are padding or another tokenizer's: only with the very same vocabulary do ids agree.
+    if about_model.vocab_size < corpus.vocab_size or about_model.vocab_size >= corpus.vocab_size + 256:
+        raise InputError(
+            f"{name}: the reference has {about_model.vocab_size} token ids, the shards in {corpus.folder} have "
+            f"{corpus.vocab_size}: it was trained on another vocabulary"
+        )
+    longest = getattr(about_model, "max_position_embeddings", None)
+    if longest is not None and max_len > longest:
+        raise InputError(f"{name}: sees at most {longest} tokens, --max-len is {max_len}")
+
+    layout: list = []  # the documents of the row being computed, for the attention function below
+
+    def attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, **options):
+        if options.get("softcap") or (options.get("sliding_window") or max_len) < max_len:
+            raise InputError(f"{name}: its attention has a softcap or a window shorter than {max_len}: not supported")
+        q_THE, k_THE, v_THE = (x[0].transpose(0, 1) for x in (q, k, v))
+        scale = scaling if scaling is not None else q_THE.shape[-1] ** -0.5
+        return attend(q_THE, k_THE, v_THE, layout[0], scale)[None], None
+
+    transformers.AttentionInterface.register("within_documents", attention)
+    transformers.AttentionMaskInterface.register("within_documents", lambda *args, **kwargs: None)
+    model.set_attn_implementation("within_documents")
+
+    def hidden(token_T, bounds):
+        layout[:] = [documents(bounds, max_len, device)]
+        out = model.base_model(
+            input_ids=token_T[None], position_ids=layout[0].position_T[None].to(device), use_cache=False
+        )
+        return out.last_hidden_state[0]
+
+    reference = Reference(
+        about=dict(
+            kind="transformers",
+            name=name,
+            revision=getattr(model.config, "_commit_hash", None),
+            weights_sha256=weights_sha256(model),
+            dtype=str(dtype)[6:],
+            transformers=transformers.__version__,
+        ),
+        hidden=hidden,
+        head_VD=head.weight.detach(),
+        bias_V=head.bias.detach() if getattr(head, "bias", None) is not None else None,
+        vocab_size=corpus.vocab_size,
+        device=device,
+        cap=getattr(about_model, "final_logit_softcapping", None) or 0.0,
+        cap_kind="tanh",
+    )
+    refuse_other_logits(name, model, reference)
+    return reference
+
+
+@torch.inference_mode()
+def refuse_other_logits(name: str, model, reference: Reference) -> None:
+    """Compare our packed hidden states and head with the model's own logits, document by document.
+
+    A scaling of logits we do not know of, or an attention that is not ours, shows here rather than in the scores.
+    """
+    lengths = [5, 9]
+    bounds = np.array([0, 5, 14], dtype=np.int32)
+    token_T = torch.arange(14, device=reference.device) * 7 % reference.vocab_size
+    hidden = reference.hidden(token_T, bounds)
+    logits = hidden.float() @ reference.head_VD.float().T
+    if reference.bias_V is not None:
+        logits = logits + reference.bias_V.float()
+    ours = CAPS[reference.cap_kind](logits, reference.cap)
+    model.set_attn_implementation("eager")
+    theirs = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in token_T.split(lengths)])
+    model.set_attn_implementation("within_documents")
+    difference = (ours - theirs.float()).abs().max().item()
+    allowed = (1e-3 if reference.head_VD.dtype == torch.float32 else 0.1) * (1 + theirs.abs().max().item())
+    if not difference <= allowed:
+        raise InputError(
+            f"{name}: its own logits differ from head(hidden) by up to {difference:.3g}: the architecture does "
+            "something to hidden states or logits that is not supported"
+        )
+
+
+def refuse_nan(name: str, model: torch.nn.Module) -> None:
+    for parameter, values in model.named_parameters():
+        if not torch.isfinite(values).all():
+            raise InputError(f"{name}: its weights hold NaN or infinity (in {parameter}): the file is damaged")
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of all parameters: the same weights, however saved, hash alike."""
+    sha = hashlib.sha256()
+    for name, values in sorted(model.named_parameters()):
+        sha.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        sha.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
