@@ -71,7 +71,8 @@ def batches(
         begin = step * batch_tokens
         num_tokens = min(batch_tokens, stream.num_tokens - begin)
         cuts = [begin + num_tokens * i // num_parts for i in range(num_parts + 1)]
-        spans = [(cuts[i], cuts[i + 1]) for i in range(rank, num_parts, world)]
+        mine = range(rank * num_parts // world, (rank + 1) * num_parts // world)
+        spans = [(cuts[i], cuts[i + 1]) for i in mine]
         # A last batch of fewer tokens than micro-batches leaves some empty.
         yield Batch(step, num_tokens, [stream.read(a, b) for a, b in spans if b > a])
 

@@ -223,9 +223,9 @@ def arm_key(looks: dict[str, Look]) -> str:
         for name, look in looks.items()
     )
     return (
-        f'<fieldset class="key"><legend>Arms in the line plots</legend><div class="chips">{boxes}'
+        f'<fieldset class="key"><legend>Arms in the line plots</legend><div class="chips">'
         '<button type="button" data-show="all">all</button>'
-        '<button type="button" data-show="base">baseline only</button></div></fieldset>'
+        f'<button type="button" data-show="base">baseline only</button>{boxes}</div></fieldset>'
     )
 
 
@@ -277,9 +277,10 @@ def layout(x: dict, y: dict, **more) -> dict:
     )
 
 
-def level_line(y: float) -> dict:
-    """A horizontal line across the plot."""
-    return dict(type="line", xref="paper", x0=0, x1=1, y0=y, y1=y, line=dict(color="var(--base)", width=1))
+def upright(x: float, color: str, width: float, **more) -> dict:
+    """A vertical line across the plot."""
+    at = float(x)
+    return dict(type="line", yref="paper", x0=at, x1=at, y0=0, y1=1, line=dict(color=color, width=width), **more)
 
 
 def around(values: Iterable[float], margin: float = 0.06) -> list[float]:
@@ -458,8 +459,9 @@ def loss_curves(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Look
         + plot(
             curve_figure(arms, train, looks, end, "training loss (nats)"),
             "Training loss",
-            f"Nats a token on the batches as they came, each point the mean of the logged steps in "
-            f"{1 / STRETCHES:.0%} of the run. Arms see other data at the same moment: where lines differ, it may be the data, not the model.",
+            "Nats a token on the batches as they came, each point the mean of the logged steps in "
+            f"{1 / STRETCHES:.0%} of the run. Arms see other data at the same moment: where lines differ, it may be "
+            "the data, not the model.",
         )
     )
 
@@ -532,9 +534,8 @@ def forest(arms: dict[str, list[Run]], rows: list[Row], baseline: str, looks: di
         traces += [single, mark]
     names = dict(tickvals=list(range(len(rows))), ticktext=[text(short(row.name)) for row in rows])
     y = axis(**names, range=[len(rows) - 0.4, -0.6], fixedrange=True) | dict(ticks="", showgrid=False, zeroline=False)
-    x = axis(f"difference to {short(baseline)} (nats)", range=around(seen), nticks=7) | dict(zeroline=False)
-    zero = dict(type="line", yref="paper", x0=0, x1=0, y0=0, y1=1, line=dict(color="var(--base)", width=1))
-    return dict(data=traces, layout=layout(x, y, shapes=[zero | dict(layer="below")]))
+    x = axis("difference (nats)", range=around(seen), nticks=7) | dict(zeroline=False)
+    return dict(data=traces, layout=layout(x, y, shapes=[upright(0, "var(--base)", 1.5, layer="between")]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -606,9 +607,9 @@ def bin_figure(binned: dict[str, np.ndarray], baseline: str, measure: str, looks
     return dict(data=traces, layout=layout(x, axis(f"difference to {short(baseline)} (nats)", range=around(seen))))
 
 
-def ticks_of_bins(count: int, most: int = 16) -> dict:
-    """Whole bins as ticks."""
-    return dict(tick0=0, dtick=max(1, -(-count // most)))
+def ticks_of_bins(count: int, most: int = 8) -> dict:
+    """Whole bins as ticks, a power of two apart."""
+    return dict(tickangle=0, tick0=0, dtick=1 << max(0, -(-count // most) - 1).bit_length())
 
 
 def bin_table(binned: dict[str, np.ndarray], looks: dict[str, Look]) -> str:
@@ -657,6 +658,7 @@ def order_maps(arms: dict[str, list[Run]], orders: dict[str, Order], gone: list[
         stopped = arms[name][0].rows[-1]["tokens"]
         small += plot(order_figure(maps[name], about, top, stopped), name, text(caption), 190, 4, looks[name])
     ramp = ", ".join(f"var(--heat{i})" for i in range(5))
+    placebo = any("placebo(" in about["schedule"] for about in manifests(orders))
     merged = (
         f" Finer bins are merged to {HEAT_ROWS} rows." if any(o["bins"] > HEAT_ROWS for o in manifests(orders)) else ""
     )
@@ -664,7 +666,8 @@ def order_maps(arms: dict[str, list[Run]], orders: dict[str, Order], gone: list[
         missing(gone)
         + "<h3>What is trained on when</h3><p class='note'>The order of each arm's first run: progress in tokens to "
         "the right, bins of the measure upwards, the lowest at the bottom. Colour: the bin's share of the tokens at "
-        f"that moment, as a multiple of an even share (1 everywhere would be a perfectly mixed order).{merged} A vertical "
+        "that moment, as a multiple of an even share (1 everywhere would be a perfectly mixed order)."
+        f"{merged}{' A placebo keeps these quotas, but its bins hold any segments.' if placebo else ''} A vertical "
         "line marks where a run stopped before the order's end.</p>"
         f'<div class="ramp"><span>0</span><i style="background:linear-gradient(to right, {ramp})"></i>'
         f"<span>{top:.3g} × an even share</span></div>"
@@ -713,10 +716,7 @@ def order_figure(map_CB: np.ndarray, manifest: dict, top: float, stopped: int) -
     x = axis("tokens", fixedrange=True, nticks=5, showgrid=False, range=numbers([0, manifest["num_tokens"]], 12))
     count = manifest["bins"]
     y = axis("bin", fixedrange=True, showgrid=False, range=[-0.5, count - 0.5], **ticks_of_bins(count, 5))
-    shapes = []
-    if stopped < manifest["num_tokens"]:
-        line = dict(color="var(--text)", width=1, dash="dash")
-        shapes = [dict(type="line", yref="paper", x0=stopped, x1=stopped, y0=0, y1=1, line=line)]
+    shapes = [upright(stopped, "var(--text)", 1)] if stopped < manifest["num_tokens"] else []
     return dict(data=[heat], layout=layout(x, y, shapes=shapes))
 
 
@@ -740,7 +740,8 @@ def rank_figure(orders: dict[str, Order], looks: dict[str, Look]) -> dict:
         )
     end = max(about["num_tokens"] for about in manifests(orders))
     x = axis("training tokens", range=numbers([0, end], 12))
-    return dict(data=traces, layout=layout(x, axis("mean rank", range=[0, 1]), shapes=[level_line(0.5)]))
+    half = dict(type="line", xref="paper", x0=0, x1=1, y0=0.5, y1=0.5, line=dict(color="var(--base)", width=1))
+    return dict(data=traces, layout=layout(x, axis("mean rank", range=[0, 1]), shapes=[half]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -802,21 +803,14 @@ def histogram(name: str, values_N: np.ndarray, length_N: np.ndarray, edges: list
         hovertemplate="around %{x:.4g}<br>%{y:.2f} % of tokens<extra></extra>",
     )
     inside = [e for e in edges if low < e < high]
-    lines = [upright(e, 0.7) for e in inside[:: -(-len(inside) // 64)]] if inside else []
-    lines.append(upright(median, 2))
-    x = axis(unit, fixedrange=True, nticks=6, range=numbers([low, high]), showgrid=False)
+    lines = [upright(e, "var(--soft)", 0.7) for e in inside[:: -(-len(inside) // 64)]] if inside else []
+    lines.append(upright(median, "var(--text)", 2))
+    x = axis(unit, fixedrange=True, nticks=6, range=around([low, high], 0.02), showgrid=False, zeroline=False)
     figure = layout(x, axis("% of tokens", fixedrange=True, nticks=4), shapes=lines, bargap=0)
     caption = f"{text(meaning)}{'; ' if meaning else ''}median {number(median, '.4g')}"
     if lost := len(values_N) - len(values):
         caption += f"; NaN for {several(lost, 'segment')}"
     return plot(dict(data=[bars], layout=figure), name, caption, 170, 4)
-
-
-def upright(x: float, width: float) -> dict:
-    """A vertical line across the plot."""
-    return dict(
-        type="line", yref="paper", x0=float(x), x1=float(x), y0=0, y1=1, line=dict(color="var(--text)", width=width)
-    )
 
 
 def quantiles(values: np.ndarray, weights: np.ndarray, at: Iterable[float]) -> list[float]:
@@ -911,11 +905,11 @@ def reader(shards: str, scores: Scores) -> Callable[[int], str]:
 
 
 def run_details(arms: dict[str, list[Run]], looks: dict[str, Look]) -> str:
-    head = ["run", "arm", "seed", "order", "order seed", "steps", "tokens", "final loss", "train s", "tokens/s"]
-    body = [[text(run.folder), marked(name, looks), *run_cells(run)] for name, runs in arms.items() for run in runs]
+    head = ["arm", "seed", "final loss", "steps", "tokens", "train s", "tokens/s", "order seed", "order", "folder"]
+    body = [[marked(name, looks), *run_cells(run)] for name, runs in arms.items() for run in runs]
     return (
-        f"{table(head, body, 'Runs', numeric_from=2)}<p class='note'>Training time stands still during validation. "
-        "<i>order</i>: first digits of the order's SHA-256.</p>\n<h3>What differs between arms</h3>"
+        f"{table(head, body, 'Runs')}<p class='note'>Training time stands still during validation. <i>order</i>: first "
+        "digits of the order's SHA-256.</p>\n<h3>What differs between arms</h3>"
         + setting_differences({name: [settings(run) for run in runs] for name, runs in arms.items()}, looks)
     )
 
@@ -925,13 +919,14 @@ def run_cells(run: Run) -> list[str]:
     rate = last["tokens"] / last["time_s"] if last.get("time_s") else None
     return [
         str(run.about["seed"]),
-        f"<code>{text(run.order_key[:12])}</code>",
-        text(run.about["order"].get("seed", "–")),
+        number(run.final_val_nats),
         number(run.about["steps"], ","),
         number(last["tokens"], ","),
-        number(run.final_val_nats),
         number(last.get("time_s"), ",.1f"),
         number(rate, ",.0f"),
+        text(run.about["order"].get("seed", "–")),
+        f"<code>{text(run.order_key[:12])}</code>",
+        f"<code>{text(run.folder)}</code>",
     ]
 
 
@@ -1045,6 +1040,8 @@ th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; white-space: nowra
   border-bottom: 1px solid var(--grid); font-weight: 400; }
 thead th { color: var(--soft); border-bottom-color: var(--line); }
 .number { text-align: right; }
+th[scope=row] { position: sticky; left: 0; max-width: 22rem; background: var(--page); white-space: normal;
+  overflow-wrap: anywhere; }
 small { color: var(--soft); margin-left: 0.35rem; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.8rem; }
 .swatch { width: 1.5rem; height: 0.5rem; margin-right: 0.45rem; flex: none; vertical-align: middle; }
@@ -1060,7 +1057,7 @@ code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.
   text-decoration: underline; white-space: nowrap; }
 .plot { margin: 0.5rem 0 2rem; min-width: 0; }
 .plot > h3, .plot > h4 { margin-top: 0.5rem; }
-.canvas { width: 100%; }
+.canvas { width: 100%; margin-bottom: 0.35rem; }
 .multiples, .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); }
 .multiples { gap: 0.5rem 1.5rem; }
 .examples { gap: 0.75rem 1.25rem; }
@@ -1078,6 +1075,7 @@ summary { cursor: pointer; color: var(--link); font-size: 0.9rem; }
   main { padding: 1rem 1rem 3rem; }
   h1 { font-size: 1.4rem; }
   .chips { flex-wrap: nowrap; }
+  th[scope=row] { min-width: 7rem; max-width: 9.5rem; font-size: 0.8rem; line-height: 1.3; }
 }
 @media print { .key { position: static; } .canvas { break-inside: avoid; } }
 """

@@ -18,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import multiprocessing
@@ -89,8 +90,8 @@ def main(
         val_fraction: share of the documents dealt to the val split (0 to 1).
         reference_fraction: share of the documents dealt to the reference split, the text that a reference model may
             learn from so that it never scores what it has seen (0 to 1).
-        max_tokens: stop before the first document that would bring all splits together above this many tokens; None means
-            no limit.
+        max_tokens: stop before the first document that would bring all splits together above this many tokens;
+            None means no limit.
         workers: processes that tokenise; 0 means one per available core.
     """
     started = time.perf_counter()
@@ -310,8 +311,6 @@ def open_stream(name: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 def open_zstd(file: BinaryIO) -> BinaryIO:
     # Arrow's reader and not the `zstandard` package's: that one takes a truncated file for a whole one.
-    import io
-
     import pyarrow as pa
 
     return io.BufferedReader(pa.input_stream(file, compression="zstd"), BATCH_BYTES)
@@ -418,7 +417,7 @@ def split_of(text: str, val: float, reference: float) -> int:
     """Index into SPLITS, by a hash of the text: val from its lower end, reference from its upper end.
 
     >>> [SPLITS[split_of(text, 0.2, 0.3)] for text in ("one", "two", "three", "two")]
-    []
+    ['train', 'reference', 'val', 'reference']
     """
     position = (int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 11) / 2**53
     if position < val:

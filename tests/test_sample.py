@@ -98,6 +98,15 @@ def test_a_python_without_its_source_is_refused(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_split_without_a_module_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "lonely.py").write_text("x = 1\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "library"))
+    with pytest.raises(InputError, match="no module fell into the .* split: ask for more --tokens"):
+        main(tmp_path / "out", 10_000, 257)
+    assert [path.name for path in tmp_path.iterdir()] == ["library"]
+
+
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "precious").write_text("1")
     with pytest.raises(InputError, match="already there; remove it or choose another --out"):
