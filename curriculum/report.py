@@ -80,6 +80,7 @@ def render(arms: dict[str, list[Run]], rows: list[Row], problems: list[str], bas
     built = [section(key, title, attempt(build)) for key, title, build in sections]
     return Template(PAGE).substitute(
         title=f"Data orders against {text(baseline)}",
+        scope=scope(arms, baseline),
         style=STYLE,
         contents="".join(f'<li><a href="#{key}">{text(title)}</a></li>' for key, title, _ in sections),
         result=built[0],
@@ -118,9 +119,9 @@ def missing(reasons: Iterable[object]) -> str:
     return "".join(f'<p class="missing">Not shown: {text(reason)}.</p>' for reason in reasons)
 
 
-def table(head: list[str], rows: list[list[str]], label: str, numeric_from: int = 1) -> str:
-    """Cells are HTML; columns from `numeric_from` on are set right. Scrolls sideways in its own box."""
-    kinds = ["" if i < numeric_from else ' class="number"' for i in range(len(head))]
+def table(head: list[str], rows: list[list[str]], label: str, words: int = 0) -> str:
+    """Cells are HTML: a name, numbers (set right), at last `words` columns of text. Scrolls sideways in its own box."""
+    kinds = [' class="number"' if 0 < i < len(head) - words else "" for i in range(len(head))]
     header = "".join(f'<th scope="col"{kind}>{cell}</th>' for kind, cell in zip(kinds, head, strict=True))
     body = "\n".join(
         f'<tr><th scope="row">{first}</th>'
@@ -268,7 +269,10 @@ def layout(x: dict, y: dict, **more) -> dict:
         plot_bgcolor="rgba(0,0,0,0)",
         font=dict(family="system-ui, sans-serif", size=12, color="var(--soft)"),
         hoverlabel=dict(
-            bgcolor="var(--raised)", bordercolor="var(--line)", font=dict(color="var(--text)"), namelength=-1
+            bgcolor="var(--raised)",
+            bordercolor="var(--line)",
+            font=dict(family="system-ui, sans-serif", color="var(--text)"),
+            namelength=-1,
         ),
         hovermode="closest",
         showlegend=False,
@@ -307,18 +311,13 @@ class Curve:
         low_P, high_P = (None if bound is None else bound - base_P for bound in (self.low_P, self.high_P))
         return Curve(self.x_P, self.mean_P - base_P, low_P, high_P)
 
-    def range(self, start: float) -> list[float]:
-        """The values from x = start on, spread included."""
-        return [
-            v for part in (self.mean_P, self.low_P, self.high_P) if part is not None for v in part[self.x_P >= start]
-        ]
-
 
 def average(lines: list[tuple[np.ndarray, np.ndarray]]) -> Curve:
     """Runs' (x, value) lines -> their mean, at the points of the run that has fewest (thinned to POINTS)."""
     x_P = min((x for x, _ in lines), key=len)
-    x_P = x_P[(x_P >= max(x[0] for x, _ in lines)) & (x_P <= min(x[-1] for x, _ in lines))]
-    x_P = x_P[np.unique(np.linspace(0, len(x_P) - 1, POINTS).round().astype(int))] if len(x_P) else x_P
+    inside_P = (x_P >= max(x[0] for x, _ in lines)) & (x_P <= min(x[-1] for x, _ in lines))
+    x_P = x_P[inside_P] if inside_P.any() else x_P[-1:]
+    x_P = x_P[np.unique(np.linspace(0, len(x_P) - 1, POINTS).round().astype(int))]
     value_RP = np.array([np.interp(x_P, x, value) for x, value in lines])
     return Curve(x_P, value_RP.mean(0), *spread(value_RP))
 
@@ -355,7 +354,7 @@ def curve_traces(name: str, look: Look, n: int, curve: Curve, spec: str) -> list
         line=look.line,
         marker=dict(color=look.color, symbol=SYMBOLS[look.group], size=5),
         meta=dict(arm=look.slot),
-        hovertemplate=f"<b>{text(name)}</b> (n = {n})<br>%{{y:{spec}}} nats at %{{x:,.3s}} tokens<extra></extra>",
+        hovertemplate=f"<b>{text(name)}</b> (n = {n})<br>%{{y:{spec}}} nats at %{{x:,.0f}} tokens<extra></extra>",
     )
     return [*traces, line]
 
@@ -366,12 +365,24 @@ def curve_traces(name: str, look: Look, n: int, curve: Curve, spec: str) -> list
 
 def result(rows: list[Row], problems: list[str], baseline: str, looks: dict[str, Look]) -> str:
     notes = "".join(f"<li>{text(problem)}</li>" for problem in problems)
+    sentence = text(verdict(rows, baseline)).replace(" = ", "&nbsp;=&nbsp;")
     return (
-        f'<p class="verdict">{text(verdict(rows, baseline))}</p>\n{leaderboard(rows, baseline, looks)}\n'
+        f'<p class="verdict">{sentence}</p>\n{leaderboard(rows, baseline, looks)}\n'
         f"<p class='note'>Final validation loss in nats, mean over n runs. <i>Difference</i>: to {text(baseline)}, "
         f"negative is better, with its {CONFIDENCE:.0%} interval (Welch, for each arm by itself). <i>p</i>: one-sided, "
         "is the arm's loss lower? <i>Holm</i>: corrected for the number of arms tested.</p>\n"
         + (f"<h3>Notes</h3><ul class='notes'>{notes}</ul>" if problems else "")
+    )
+
+
+def scope(arms: dict[str, list[Run]], baseline: str) -> str:
+    """What was compared, in numbers."""
+    first = arms[baseline][0]
+    parameters = several(first.about["parameters"], "parameter")
+    return (
+        f"{several(len(arms), 'arm')}, {several(sum(map(len, arms.values())), 'run')}. The first of {text(baseline)}: "
+        f"{parameters}, {several(first.rows[-1]['tokens'], 'training token')}, "
+        f"{several(first.about['val_tokens'], 'validation token')}."
     )
 
 
@@ -481,9 +492,8 @@ def curve_figure(arms, curves: dict[str, Curve], looks: dict[str, Look], end: fl
     traces = []
     for name in reversed(curves):
         traces += curve_traces(name, looks[name], len(arms[name]), curves[name], spec)
-    seen = [v for curve in curves.values() for v in curve.range(START * end)]
-    x = axis("training tokens", range=numbers([0, 1.01 * end], 12), rangemode="tozero")
-    return dict(data=traces, layout=layout(x, axis(title, range=around(seen))))
+    x = axis("training tokens", range=numbers([0, 1.01 * end], 12))
+    return dict(data=traces, layout=layout(x, axis(title), meta=dict(fit_from=START * end)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -547,9 +557,13 @@ def losses_by_bin(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Lo
     if baseline not in binned:
         raise InputError(f"the runs of {baseline} logged no loss by bin: their orders know no validation segments")
     base = arms[baseline][0]
-    other = [name for name in arms if name not in binned or sorting_key(arms[name][0]) != sorting_key(base)]
-    shown = {name: bins for name, bins in binned.items() if name not in other}
-    measure, count = base.about["order"]["measure"], shown[baseline].shape[1]
+    measure, count = base.about["order"]["measure"], binned[baseline].shape[1]
+    shown = {
+        name: bins
+        for name, bins in binned.items()
+        if sorting_key(arms[name][0]) == sorting_key(base) and bins.shape[1] == count
+    }
+    other = [name for name in arms if name not in shown]
     left_out = f" Left out, with other bins or none: {text(', '.join(other))}." if other else ""
     return plot(
         bin_figure(shown, baseline, measure, looks),
@@ -578,17 +592,15 @@ def bin_figure(binned: dict[str, np.ndarray], baseline: str, measure: str, looks
     base_RB = binned[baseline]
     base_B = base_RB.mean(0)
     bins = np.flatnonzero(np.isfinite(base_B))
-    traces, seen = [], [0.0]
+    traces = []
     low_B, high_B = spread(base_RB)
     if low_B is not None:
         edge = np.concatenate([(high_B - base_B)[bins], (low_B - base_B)[bins][::-1]])
-        seen += edge.tolist()
         band = dict(x=[*bins.tolist(), *bins.tolist()[::-1]], y=numbers(edge), fill="toself", hoverinfo="skip")
         look = dict(line=dict(width=0), fillcolor=looks[baseline].color, opacity=0.16, meta=dict(arm=0))
         traces.append(dict(type="scatter", mode="lines") | band | look)
     for name in reversed(binned):
         look, mean_B = looks[name], binned[name].mean(0)
-        seen += (mean_B - base_B).tolist()
         traces.append(
             dict(
                 type="scatter",
@@ -604,7 +616,8 @@ def bin_figure(binned: dict[str, np.ndarray], baseline: str, measure: str, looks
             )
         )
     x = axis(f"bin of {measure}", range=[-0.5, len(base_B) - 0.5], zeroline=False, **ticks_of_bins(len(base_B)))
-    return dict(data=traces, layout=layout(x, axis(f"difference to {short(baseline)} (nats)", range=around(seen))))
+    y = axis(f"difference to {short(baseline)} (nats)")
+    return dict(data=traces, layout=layout(x, y, meta=dict(fit_from=0)))
 
 
 def ticks_of_bins(count: int, most: int = 8) -> dict:
@@ -860,7 +873,7 @@ def one_sorting(arms: dict[str, list[Run]], orders: dict[str, Order], names: lis
         cards = "".join(
             f"<div><p>{text(measure)} {number(value_M[i], '.4g')} · "
             f"{several(int(scores.segments.length_N[ids_M[i]]), 'token')} · segment {ids_M[i]}</p>"
-            f"<pre>{text(read_text(int(ids_M[i])))}</pre></div>"
+            f"<pre>\n{text(read_text(int(ids_M[i])))}</pre></div>"
             for i in nearest
         )
         parts.append(
@@ -908,8 +921,8 @@ def run_details(arms: dict[str, list[Run]], looks: dict[str, Look]) -> str:
     head = ["arm", "seed", "final loss", "steps", "tokens", "train s", "tokens/s", "order seed", "order", "folder"]
     body = [[marked(name, looks), *run_cells(run)] for name, runs in arms.items() for run in runs]
     return (
-        f"{table(head, body, 'Runs')}<p class='note'>Training time stands still during validation. <i>order</i>: first "
-        "digits of the order's SHA-256.</p>\n<h3>What differs between arms</h3>"
+        f"{table(head, body, 'Runs', words=2)}<p class='note'>Training time stands still during "
+        "validation. <i>order</i>: first digits of the order's SHA-256.</p>\n<h3>What differs between arms</h3>"
         + setting_differences({name: [settings(run) for run in runs] for name, runs in arms.items()}, looks)
     )
 
@@ -960,7 +973,7 @@ def setting_differences(of_arm: dict[str, list[dict[str, str]]], looks: dict[str
         for name, found in values.items()
     ]
     return (
-        table(["arm", *map(text, differing)], body, "Settings that differ", numeric_from=len(differing) + 1)
+        table(["arm", *map(text, differing)], body, "Settings that differ", words=len(differing))
         + f"<p class='note'>The other {len(keys) - len(differing)} settings, code and hardware included, are the same "
         "in all runs. Run names, seeds and places of files are left out.</p>"
     )
@@ -984,6 +997,7 @@ PAGE = """<!doctype html>
 <main>
 <header>
 <h1>$title</h1>
+<p class="note">$scope</p>
 <nav aria-label="Contents"><ol>$contents</ol></nav>
 </header>
 <noscript><p class="missing">Plots need JavaScript; the tables and texts do not.</p></noscript>
@@ -1040,8 +1054,9 @@ th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; white-space: nowra
   border-bottom: 1px solid var(--grid); font-weight: 400; }
 thead th { color: var(--soft); border-bottom-color: var(--line); }
 .number { text-align: right; }
-th[scope=row] { position: sticky; left: 0; max-width: 22rem; background: var(--page); white-space: normal;
-  overflow-wrap: anywhere; }
+tr > :first-child { position: sticky; left: 0; background: var(--page); }
+th[scope=row] { max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
+th:has(.swatch) { padding-left: 1.95rem; text-indent: -1.95rem; }
 small { color: var(--soft); margin-left: 0.35rem; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.8rem; }
 .swatch { width: 1.5rem; height: 0.5rem; margin-right: 0.45rem; flex: none; vertical-align: middle; }
@@ -1075,7 +1090,7 @@ summary { cursor: pointer; color: var(--link); font-size: 0.9rem; }
   main { padding: 1rem 1rem 3rem; }
   h1 { font-size: 1.4rem; }
   .chips { flex-wrap: nowrap; }
-  th[scope=row] { min-width: 7rem; max-width: 9.5rem; font-size: 0.8rem; line-height: 1.3; }
+  th[scope=row] { min-width: 8.75rem; max-width: 10rem; font-size: 0.8rem; line-height: 1.3; }
 }
 @media print { .key { position: static; } .canvas { break-inside: avoid; } }
 """
@@ -1089,6 +1104,15 @@ const plots = [...document.querySelectorAll("figure.plot > .canvas")].map(canvas
   canvas, figure: JSON.parse(canvas.parentElement.querySelector("script").textContent),
 }));
 
+// The range of the values of the visible traces from x = start on, with some room.
+function fitted(data, start) {
+  const shown = data.filter(trace => trace.visible)
+    .flatMap(trace => trace.y.filter((y, i) => y !== null && trace.x[i] >= start));
+  const low = Math.min(...shown), high = Math.max(...shown);
+  const room = 0.06 * (high - low) || 0.01 * Math.abs(high) || 1;
+  return shown.length ? [low - room, high + room] : null;
+}
+
 // A copy of a figure with "var(--name)" replaced by what the style sheet says now.
 function themed(value, style) {
   const name = typeof value === "string" && value.match(/^var\((--\w+)\)$/);
@@ -1101,6 +1125,7 @@ function themed(value, style) {
 function draw({canvas, figure}) {
   const {data, layout} = themed(figure, getComputedStyle(document.documentElement));
   for (const trace of data) if (trace.meta) trace.visible = boxes.get(trace.meta.arm).checked;
+  if (layout.meta) layout.yaxis.range = fitted(data, layout.meta.fit_from);
   if (touch) {  // a finger scrolls the page, it does not zoom
     layout.dragmode = false;
     layout.xaxis.fixedrange = layout.yaxis.fixedrange = true;

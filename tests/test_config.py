@@ -29,7 +29,12 @@ def toml(tmp_path):
 
 def test_what_is_not_said_is_the_default_and_what_is_said_is_kept(toml):
     config = load(toml('[run]\nname = "a"\nsave_at = [0.5, 1]\n[optim]\nmuon_lr = 0.5\n[data]\nunit = "window"\n'))
-    assert (config.run.name, config.run.save_at, config.optim.muon_lr, config.data.unit) == ("a", (0.5, 1), 0.5, "window")
+    assert (config.run.name, config.run.save_at, config.optim.muon_lr, config.data.unit) == (
+        "a",
+        (0.5, 1),
+        0.5,
+        "window",
+    )
     assert config.model == Config().model
     assert load(toml("")) == Config()
 
@@ -82,7 +87,7 @@ def test_settings_that_do_not_fit_together_are_refused(toml, text):
         load(toml(text))
 
 
-@pytest.mark.xfail(strict=True, reason="lax types: `steps = true` is read as 1, `steps = \"40\"` as 40")
+@pytest.mark.xfail(strict=True, reason='lax types: `steps = true` is read as 1, `steps = "40"` as 40')
 @pytest.mark.parametrize("value", ["true", '"40"'])
 def test_another_type_is_not_taken_for_a_number(toml, value):
     with pytest.raises(InputError, match="run.steps"):
@@ -200,7 +205,9 @@ OTHER = {  # a valid other value for every setting that does not take its double
     "floor": 0.5,
 }
 SETTINGS = [(table, name) for table, field in Config.model_fields.items() for name in field.annotation.model_fields]
-PATHS = pytest.mark.xfail(strict=True, reason="the digest promises to leave out where files lie, but keeps data.*shards")
+PATHS = pytest.mark.xfail(
+    strict=True, reason="the digest promises to leave out where files lie, but keeps data.*shards"
+)
 
 
 @pytest.mark.parametrize(

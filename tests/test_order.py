@@ -201,7 +201,7 @@ def test_a_schedule_that_asks_far_too_much_of_a_bin_is_refused_too():
 # -- Keeping to the schedule
 
 
-@pytest.mark.parametrize("num_bins", [1, 2, 16, 48])
+@pytest.mark.parametrize("num_bins", [1, 2, 24])
 @pytest.mark.parametrize("text", TEXTS)
 def test_no_bin_is_ever_off_its_schedule_by_more_than_half_a_segment(text, num_bins):
     """In the schedule's own time: at every tau, what a bin has emitted is what was asked of it."""
@@ -218,7 +218,7 @@ def test_no_bin_is_ever_off_its_schedule_by_more_than_half_a_segment(text, num_b
         assert np.abs(emitted[:-1] - due).max() <= half and np.abs(emitted[1:] - due).max() <= half
 
 
-@pytest.mark.parametrize("num_bins", [1, 2, 16, 48])
+@pytest.mark.parametrize("num_bins", [1, 2, 24])
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_stream_keeps_to_the_schedule(text, num_bins):
     """At every point of the token stream. There the clock is the sum of all bins, each off by half a segment at most,
@@ -328,7 +328,9 @@ def test_a_placebo_keeps_the_sizes_of_the_bins_and_destroys_their_meaning():
         assert np.bincount(sham.bin_N).tolist() == np.bincount(real.bin_N).tolist()
         assert abs(stats.spearmanr(sham.bin_N, values_N).statistic) < five_sd
         assert abs(stats.spearmanr(np.argsort(sham.order_N), values_N).statistic) < five_sd
-        assert stats.spearmanr(np.arange(4000), sham.bin_N[sham.order_N]).statistic > 0.9  # the schedule is still played
+        assert (
+            stats.spearmanr(np.arange(4000), sham.bin_N[sham.order_N]).statistic > 0.9
+        )  # the schedule is still played
     assert len({tuple(sham.bin_N.tolist()) for sham in shams}) == len(shams)
 
 
@@ -340,7 +342,9 @@ def test_a_placebo_keeps_the_tokens_of_every_bin_where_length_has_no_part_in_the
         assert np.all(np.abs(built.bin_tokens_B - per_bin * length_N.mean()) < 5 * sd * np.sqrt(per_bin))
 
 
-@pytest.mark.xfail(strict=True, reason="bins are permuted by segment: the bin of short ones gets 8x the tokens of others")
+@pytest.mark.xfail(
+    strict=True, reason="bins are permuted by segment: the bin of short ones gets 8x the tokens of others"
+)
 def test_a_placebo_keeps_the_tokens_of_every_bin_whatever_the_measure():
     length_N = np.random.default_rng(0).integers(8, 1025, 4000)
     built = build_order(length_N.astype(float), length_N, parse("placebo(increasing)"), 16, 0)

@@ -46,7 +46,12 @@ def test_every_text_round_trips_and_its_bytes_are_counted(encoding, text):
 
 
 def test_merges_are_used(encoding):
-    assert [token_bytes(encoding)[i] for i in encoding.encode_ordinary("the thé")] == [b"the", b" ", b"th", "é".encode()]
+    assert [token_bytes(encoding)[i] for i in encoding.encode_ordinary("the thé")] == [
+        b"the",
+        b" ",
+        b"th",
+        "é".encode(),
+    ]
 
 
 def test_bos_leaves_no_trace_in_the_text_and_cannot_be_written_in_it(encoding):

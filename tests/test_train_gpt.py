@@ -212,9 +212,7 @@ def test_killed_mid_run_continues_with_identical_losses(tiny_corpus, tmp_path):
 def test_two_processes_agree_with_one(tiny_corpus, tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: the number changes the last bits
-    subprocess.run(
-        command(tiny_config(tiny_corpus, alone, steps=20), tmp_path), cwd=ROOT, check=True, env=one_thread
-    )
+    subprocess.run(command(tiny_config(tiny_corpus, alone, steps=20), tmp_path), cwd=ROOT, check=True, env=one_thread)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     line = command(tiny_config(tiny_corpus, shared, steps=20), tmp_path, *launcher)
     subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=one_thread)
