@@ -586,9 +586,10 @@ def prepare(cfg: Config, say) -> Work:
         segments_sha256=segments.digest(),
         val_segments_sha256=val_segments.digest(),
     )
-    about = dict(recipe=recipe, order_sha256=order_sha256, tokens=train.num_tokens)
+    multiset_sha256 = hashlib.sha256(np.sort(ids.astype(np.int64)).data).hexdigest()
+    about = dict(recipe=recipe, order_sha256=order_sha256, multiset_sha256=multiset_sha256, tokens=train.num_tokens)
     if order is not None:
-        keys = ("multiset_sha256", "measure", "schedule", "bins", "seed", "num_segments")
+        keys = ("measure", "schedule", "bins", "seed", "num_segments")
         about |= {key: order.manifest[key] for key in keys}
     return Work(train, val, min(data.val_tokens, val.num_tokens), bin_N, corpus, steps, identity, about)
 
@@ -689,7 +690,13 @@ def train(cfg: Config, world: World) -> None:
         rank=world.rank,
         world=world.size,
     )
-    for batch in prefetched(source):
+    wait_s, ready = 0.0, prefetched(source)
+    while True:
+        asked = time.perf_counter()
+        batch = next(ready, None)
+        if batch is None:
+            break
+        wait_s += time.perf_counter() - asked
         loss, gradients = torch.zeros((), device=world.device), PairwiseSum()
         for part in batch.parts:
             part_loss = compiled(*to_device(part, cfg.data.seq_len, world.device)).sum() / batch.num_tokens
@@ -710,7 +717,9 @@ def train(cfg: Config, world: World) -> None:
                     f"the loss is {train_nats} at step {step}: the run diverged; lower the learning rates "
                     f"(the last good checkpoint is in {folder})"
                 )
-            log.write(dict(step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3)))
+            log.write(
+                dict(step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3), wait_s=round(wait_s, 4))
+            )
             log.say(f"step:{step}/{work.steps} train_loss:{train_nats:.4f} train_time:{1000 * time_s:.0f}ms")
         if step % cfg.data.val_every == 0 or last:  # the clock stands still here
             time_s += world.clock() - clock

@@ -35,11 +35,10 @@ def compare(losses: Mapping[str, np.ndarray], baseline: str) -> list[Row]:
     base = np.asarray(losses[baseline], dtype=float)
     rows, tests = [], {}
     for name, values in losses.items():
-        if name != baseline and min(len(values), len(base)) >= 2:
+        # Without any spread there is nothing to measure a difference by: no test, rather than one of p = 0.
+        if name != baseline and min(len(values), len(base)) >= 2 and (np.ptp(values) or np.ptp(base)):
             tests[name] = stats.ttest_ind(values, base, equal_var=False, alternative="less")
     raw = {name: float(test.pvalue) for name, test in tests.items()}
-    # Two arms without any spread give 0/0: no test was made, so it takes no part in the correction.
-    raw = {name: p for name, p in raw.items() if np.isfinite(p)}
     holm = dict(zip(raw, multipletests(list(raw.values()), method="holm")[1], strict=True)) if raw else {}
     for name, values in losses.items():
         values = np.asarray(values, dtype=float)

@@ -23,7 +23,11 @@ from data.files import digest
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # strict: `steps = true` is not 1, and `steps = "40"` is not 40.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Run(Table):
@@ -37,7 +41,7 @@ class Run(Table):
     """Run folder; empty means runs/<name>-<digest>/seed<seed>. An unfinished run in it is continued."""
     max_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Save and stop cleanly after this many seconds of wall time in this process; 0 means never."""
-    save_at: tuple[float, ...] = ()
+    save_at: Annotated[tuple[float, ...], Field(strict=False)] = ()  # TOML knows lists only
     """Fractions of the run (0 to 1] whose checkpoints are kept as step<k>.pt, e.g. as references."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Save the resume point last.pt at the first step after this many seconds since the last save."""
@@ -97,7 +101,7 @@ class Optim(Table):
     head_lr: Annotated[float, Field(gt=0)] = 0.004
     scalar_lr: Annotated[float, Field(gt=0)] = 0.015
     """AdamW's learning rate for the mixing scalars."""
-    adam_betas: tuple[float, float] = (0.8, 0.95)
+    adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.8, 0.95)
     adam_eps: Annotated[float, Field(gt=0)] = 1e-10
     adam_weight_decay: Annotated[float, Field(ge=0)] = 0.001
     warmup_frac: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -117,6 +121,9 @@ class Optim(Table):
             return progress / self.warmup_frac
         left = (1 - progress) / self.cooldown_frac if self.cooldown_frac else 1.0
         return self.floor + (1 - self.floor) * min(1.0, left)
+
+
+LOCATIONS = ("shards", "val_shards", "order", "val_every")  # of [data]: where and how often, not what
 
 
 class Config(Table):
@@ -160,7 +167,7 @@ class Config(Table):
         """
         tables = self.model_dump(mode="json")
         kept = {name: tables[name] for name in ("model", "optim")}
-        kept["data"] = {k: v for k, v in tables["data"].items() if k not in ("order", "val_every")}
+        kept["data"] = {k: v for k, v in tables["data"].items() if k not in LOCATIONS}
         return digest({**kept, "steps": self.run.steps, "order": order_recipe})
 
 
@@ -185,7 +192,9 @@ def read_toml(path: Path, children: tuple[Path, ...]) -> dict:
         return tables
     base = read_toml(path.parent / str(parent), (*children, path.resolve()))
     for name, table in tables.items():
-        base[name] = {**base.get(name, {}), **table} if isinstance(table, dict) else table
+        if not isinstance(table, dict) or not isinstance(base.get(name, {}), dict):
+            raise InputError(f"{path}: {name} must be a table, [{name}], here and in {parent}")
+        base[name] = {**base.get(name, {}), **table}
     return base
 
 

@@ -82,20 +82,24 @@ def prefetched(items: Iterator, depth: int = 2) -> Iterator:
     ready: queue.Queue = queue.Queue(depth)
     done = threading.Event()
 
+    def put(item, error=None) -> bool:
+        """Wait for room; False once nobody takes items any more, so that the thread can end."""
+        while not done.is_set():
+            try:
+                ready.put((item, error), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
     def work():
         try:
             for item in items:
-                while not done.is_set():
-                    try:
-                        ready.put((item, None), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if done.is_set():
+                if not put(item):
                     return
-            ready.put((None, StopIteration()))
+            put(None, StopIteration())
         except BaseException as error:
-            ready.put((None, error))
+            put(None, error)
 
     threading.Thread(target=work, daemon=True).start()
     try:

@@ -145,7 +145,7 @@ def evaluate(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
                     raise InputError(f"measure {expression!r}: no column {name!r}; there are {', '.join(columns)}")
                 return np.asarray(columns[name], dtype=np.float64)
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return float(number)
+                return np.float64(number)  # a Python float would raise on 1 / 0 and turn complex on (-1) ** 0.5
             case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](value(left), value(right))
             case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:

@@ -148,17 +148,17 @@ def build_order(values_N: np.ndarray, length_N: np.ndarray, schedule: Schedule, 
         raise InputError(f"bins = {num_bins}, but there are only {len(values_N)} segments: use fewer bins")
     by_value_N = np.argsort(values_N, kind="stable")  # ties by id
     rank_N = token_ranks(by_value_N, length_N)
-    true_bin_N = np.minimum((rank_N * num_bins).astype(np.int32), num_bins - 1)
-    bin_counts_B = np.bincount(true_bin_N, minlength=num_bins)
+    bin_N = equal_bins(rank_N, num_bins)
+    bin_counts_B = np.bincount(bin_N, minlength=num_bins)
     if not bin_counts_B.all():
         raise InputError(
             f"bins = {num_bins}: bin {int(np.argmin(bin_counts_B))} would hold no segment "
             "(a bin's share of tokens is smaller than one segment): use fewer bins"
         )
     edges = values_N[by_value_N[np.cumsum(bin_counts_B)[:-1]]]
-    bin_N = true_bin_N
-    if schedule.placebo:
-        bin_N = np.random.default_rng([seed, PLACEBO]).permutation(true_bin_N)
+    if schedule.placebo:  # bins of equal tokens again, of segments sorted by chance
+        by_chance_N = np.random.default_rng([seed, PLACEBO]).permutation(len(values_N))
+        bin_N = equal_bins(token_ranks(by_chance_N, length_N), num_bins)
 
     bin_tokens_B = np.bincount(bin_N, weights=length_N, minlength=num_bins)
     progress_G = (np.arange(GRID) + 0.5) / GRID
@@ -186,6 +186,15 @@ def token_ranks(by_value_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
     return rank_N
 
 
+def equal_bins(rank_N: np.ndarray, num_bins: int) -> np.ndarray:
+    """Bins of equal token mass, int32 (N,).
+
+    >>> equal_bins(np.array([0.5, 0.125, 0.875]), 2).tolist()
+    [1, 0, 1]
+    """
+    return np.minimum((rank_N * num_bins).astype(np.int32), num_bins - 1)
+
+
 def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, float]:
     """Scale rows and columns (Sinkhorn) until every row holds 1/G of the tokens and column b holds mass_B[b].
 
@@ -196,19 +205,20 @@ def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, flo
         raise InputError(f"the schedule never visits bin {unvisited[0]}: its segments could not be placed")
     num_cells = len(weights_GB)
     row_G = np.ones(num_cells)
-    for _ in range(MAX_SWEEPS):
-        column_B = mass_B / (row_G @ weights_GB)
-        held_G = row_G * (weights_GB @ column_B)
-        error = float(np.abs(held_G * num_cells - 1).max())
-        if error < TOLERANCE:
-            break
-        row_G /= held_G * num_cells
+    with np.errstate(all="ignore"):
+        for _ in range(MAX_SWEEPS):
+            column_B = mass_B / (row_G @ weights_GB)
+            held_G = row_G * (weights_GB @ column_B)
+            error = float(np.abs(held_G * num_cells - 1).max())
+            if not error >= TOLERANCE:
+                break
+            row_G /= held_G * num_cells
     # The last column scaling came after the last row scaling that is kept: columns exact, rows within `error`.
-    if error > USABLE:
-        worst = int(np.argmax(np.abs(held_G * num_cells - 1)))
+    if not error <= USABLE:  # NaN: the scaling overflowed on its way to infinity
+        worst = int(np.argmax(np.nan_to_num(np.abs(held_G * num_cells - 1), nan=np.inf)))
         raise InputError(
             f"the schedule cannot use every segment exactly once: at progress {worst / num_cells:.2f} it asks for "
-            f"{held_G[worst] * num_cells:.2f} of the tokens there is room for; widen sigma or use fewer bins"
+            f"{held_G[worst] * num_cells:.2f} times the tokens there is room for; widen sigma or use fewer bins"
         )
     return (row_G if error < TOLERANCE else row_G * held_G * num_cells)[:, None] * weights_GB * column_B, error
 

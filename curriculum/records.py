@@ -12,7 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from curriculum.config import LOCATIONS
 from data.cli import InputError
+
+FIRST_ROW = {"name", "steps", "config", "identity", "order", "val_tokens"}
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ def read_run(folder: Path) -> Run:
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut off by a kill
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             raise InputError(f"{path}: line {number} is not JSON: {line[:60]!r}") from None
-    if not rows or rows[0].get("kind") != "run":
+        rows.append(row if isinstance(row, dict) else {})
+    if not rows or rows[0].get("kind") != "run" or not FIRST_ROW <= rows[0].keys():
         raise InputError(
             f"{path}: its first row does not describe a run: the run never started, or another program wrote it"
         )
+    if any(not {"step", "tokens"} <= row.keys() for row in rows[1:]):
+        raise InputError(f"{path}: a row without step and tokens: not a row of train_gpt.py")
     return Run(folder, rows[0], rows[1:])
 
 
@@ -104,9 +110,25 @@ def usable_arms(runs: list[Run], baseline: str) -> tuple[dict[str, list[Run]], l
     for name, members in arms.items():
         if len({r.order_key for r in members}) < len(members):
             problems.append(f"{name}: some runs share one data order: their spread understates that of the order")
+        if changed := sorted(settings(members[0]).items() ^ settings(base[0]).items()):
+            names = ", ".join(dict.fromkeys(key for key, _ in changed))
+            problems.append(f"{name}: differs from {baseline} in {names}: a difference is not of order alone")
+        if any(r.rows[-1]["tokens"] < r.about["order"]["tokens"] for r in members):
+            problems.append(f"{name}: stops before its order ends: arms have seen different tokens")
         multisets = {r.about["order"].get("multiset_sha256") for r in members}
         if multisets != {base[0].about["order"].get("multiset_sha256")}:
             problems.append(
                 f"{name}: trained on other tokens than {baseline}: a difference is one of selection, not of order"
             )
     return arms, problems
+
+
+def settings(run: Run) -> dict[str, str]:
+    """Every setting that changes numbers, as `table.key`: what must be equal for two arms to differ by order alone."""
+    flat = {
+        f"{table}.{key}": str(value)
+        for table, values in run.about["config"].items()
+        for key, value in values.items()
+        if table != "run" and key not in LOCATIONS
+    }
+    return flat | {"steps": str(run.about["steps"])}

@@ -18,8 +18,9 @@ from string import Template
 import numpy as np
 
 from curriculum.compare import CONFIDENCE, Row
+from curriculum.config import LOCATIONS
 from curriculum.measures import evaluate
-from curriculum.order import Order, load_order, token_ranks
+from curriculum.order import Order, equal_bins, load_order, token_ranks
 from curriculum.records import Run
 from curriculum.score import Scores, read_scores
 from data.cli import InputError
@@ -38,7 +39,8 @@ HEAT_ROWS = 32  # of an order's heat map at most; finer bins are merged for disp
 HISTOGRAM_BINS = 48
 ROBUST = (0.005, 0.995)  # range of a histogram, in quantiles of token mass
 EXAMPLES, EXAMPLE_CHARS = 3, 400
-UNSETTING = {"run.name", "run.seed", "run.out_dir", "data.order"}  # differ between runs and are no difference of arms
+# No difference between arms.
+UNSETTING = {"run.name", "run.seed", "run.out_dir", *(f"data.{name}" for name in LOCATIONS)}
 
 MEASURES = {  # unit, meaning; a column that is not here is shown by its name alone
     "nll": ("nats", "mean surprisal of the true next token under the reference"),
@@ -462,7 +464,7 @@ def loss_curves(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Look
             f"Nats a token on the validation tokens, over training tokens. {band} {zoom}",
         )
         + plot(
-            curve_figure(arms, over, looks, end, f"difference to {short(baseline)} (nats)", "+.4f"),
+            curve_figure(arms, over, looks, end, f"difference to {text(short(baseline))} (nats)", "+.4f"),
             f"Validation loss less that of {baseline}",
             f"The same lines and bands less the mean line of {text(baseline)}, whose own band lies about zero. "
             "Below zero is better. Bands show the spread of runs, not the uncertainty of a mean.",
@@ -615,8 +617,8 @@ def bin_figure(binned: dict[str, np.ndarray], baseline: str, measure: str, looks
                 f"%{{y:+.4f}} to {text(baseline)}<extra></extra>",
             )
         )
-    x = axis(f"bin of {measure}", range=[-0.5, len(base_B) - 0.5], zeroline=False, **ticks_of_bins(len(base_B)))
-    y = axis(f"difference to {short(baseline)} (nats)")
+    x = axis(f"bin of {text(measure)}", range=[-0.5, len(base_B) - 0.5], zeroline=False, **ticks_of_bins(len(base_B)))
+    y = axis(f"difference to {text(short(baseline))} (nats)")
     return dict(data=traces, layout=layout(x, y, meta=dict(fit_from=0)))
 
 
@@ -863,7 +865,7 @@ def one_sorting(arms: dict[str, list[Run]], orders: dict[str, Order], names: lis
     value_M = evaluate(measure, scores.columns)[ids_M]
     # As the order cut them: edges alone could not tell equal values on both sides of one.
     rank_M = token_ranks(np.argsort(value_M, kind="stable"), scores.segments.length_N[ids_M])
-    bin_M = np.minimum((rank_M * bins).astype(int), bins - 1)
+    bin_M = equal_bins(rank_M, bins)
     wanted = {0: "lowest", bins // 2: "middle", bins - 1: "highest"}
     parts = []
     for b, word in sorted(wanted.items()):
@@ -975,7 +977,7 @@ def setting_differences(of_arm: dict[str, list[dict[str, str]]], looks: dict[str
     return (
         table(["arm", *map(text, differing)], body, "Settings that differ", words=len(differing))
         + f"<p class='note'>The other {len(keys) - len(differing)} settings, code and hardware included, are the same "
-        "in all runs. Run names, seeds and places of files are left out.</p>"
+        "in all runs. Left out are names, seeds, places of files and validation intervals.</p>"
     )
 
 

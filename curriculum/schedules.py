@@ -51,7 +51,8 @@ def window(mu_T: np.ndarray, num_bins: int, sigma: float) -> np.ndarray:
         mu_T = np.clip(mu_T, rank_B[0], rank_B[-1])
         weights_TB = np.maximum(0.0, 1 - np.abs(mu_T[:, None] - rank_B) * num_bins)
     else:
-        exponent_TB = -((mu_T[:, None] - rank_B) ** 2) / (2 * sigma**2)
+        # Below 1e-6 of all ranks a window is as sharp as it can be, and its square would underflow.
+        exponent_TB = -((mu_T[:, None] - rank_B) ** 2) / (2 * max(sigma, 1e-6) ** 2)
         weights_TB = np.exp(exponent_TB - exponent_TB.max(1, keepdims=True))
     return weights_TB / weights_TB.sum(1, keepdims=True)
 

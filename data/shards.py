@@ -55,6 +55,8 @@ def write_shard(path: Path | str, tokens: np.ndarray) -> None:
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0:
         raise InputError(f"{path}: a shard needs at least 1 token, got an array of shape {tokens.shape}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"{path}: token ids must be whole numbers, got {tokens.dtype}")
     if tokens.dtype != np.uint16:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high > 65535:
@@ -121,18 +123,23 @@ def open_corpus(where: Path | str, split: str = "train", *, quiet: bool = False)
                 f"{', '.join(held) if held else 'no .bin file at all'}"
             )
     else:
-        paths = sorted(Path(p) for p in glob.glob(where))
+        paths = [Path(where)] if Path(where).is_file() else sorted(Path(p) for p in glob.glob(where))
         if not paths:
             raise InputError(f"{where}: no such shard or folder of shards; make one with data.sample or data.prepare")
     if len(folders := {p.parent for p in paths}) > 1:
         raise InputError(f"{where}: shards of one corpus must lie in one folder, got {len(folders)} folders")
     names = [p.name for p in paths]
-    for path in paths:
-        read_shard(path)
+    lengths = {path.name: len(read_shard(path)) for path in paths}
     described = paths[0].parent / "corpus.json"
     if described.exists():
         about = read_corpus_json(described)
         known = {n: s["sha256"] for n, s in about["shards"].items() if n in names}
+        for name in known:
+            if lengths[name] != (recorded := about["shards"][name]["tokens"]):
+                raise InputError(
+                    f"{described}: {name} was recorded with {recorded} tokens and holds {lengths[name]}: it was made "
+                    "again since; make the corpus again"
+                )
     else:
         about, known = {**GPT2, "source": "no corpus.json: stock shards"}, {}
         if not quiet:
@@ -147,6 +154,9 @@ def read_corpus_json(path: Path) -> dict:
     for key, kind in expected.items():
         if not isinstance(about.get(key), kind):
             raise InputError(f"{path}: {key} must be a {kind.__name__}, got {json.dumps(about.get(key))}")
+    for name, shard in about["shards"].items():
+        if not isinstance(shard, dict) or not {"tokens", "sha256"} <= shard.keys():
+            raise InputError(f"{path}: shards.{name} must hold tokens and sha256, got {json.dumps(shard)}")
     if not 0 <= about["bos_id"] < about["vocab_size"]:
         raise InputError(f"{path}: bos_id {about['bos_id']} lies outside the vocabulary of {about['vocab_size']} ids")
     return about

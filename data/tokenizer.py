@@ -78,10 +78,8 @@ def of_corpus(corpus: Corpus):
         return gpt2()
     path = corpus.folder / about["ranks"]
     encoding = from_ranks(path)
-    if (found := sha256_file(path)) != about["sha256"]:
-        raise InputError(
-            f"{path}: sha256 {found[:12]}, but corpus.json says {about['sha256'][:12]}: the file was changed"
-        )
+    if (found := sha256_file(path)) != (recorded := str(about.get("sha256"))):
+        raise InputError(f"{path}: sha256 {found[:12]}, but corpus.json says {recorded[:12]}: the file was changed")
     return encoding
 
 

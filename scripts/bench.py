@@ -16,6 +16,7 @@ import json
 import lzma
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from curriculum.records import read_run
 from data.cli import InputError, command
 from data.files import write_json
 
@@ -198,44 +200,21 @@ def bench_loader() -> dict:
 
 
 def bench_trainer() -> dict:
-    import torch
-
-    import train_gpt
-    from curriculum.config import load
-    from curriculum.loader import Stream, batches
-    from data.sample import main as make_sample
-    from data.segments import corpus_segments
-    from data.shards import open_corpus
-
-    train_gpt.keep_freed_memory()
-    cfg = load(Path(__file__).parents[1] / "configs" / "demo.toml")
-    device = torch.device("cpu")
+    root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        make_sample(Path(folder) / "shards", tokens=300_000)
-        corpus = open_corpus(Path(folder) / "shards")
-        segments = corpus_segments(corpus, cfg.data.seq_len)
-        stream = Stream(corpus, segments, np.random.default_rng(0).permutation(len(segments)))
-        model = train_gpt.GPT(cfg.model, corpus.vocab_size)
-        model.init_weights(0)
-        optimizers = train_gpt.Optimizers(model, cfg.optim)
-        num_parts = cfg.data.batch_tokens // cfg.data.micro_batch_tokens
-        waited, begin, num_tokens = 0.0, 0.0, 0
-        source = batches(stream, cfg.data.batch_tokens, num_parts, steps=24)
-        while True:
-            before = time.perf_counter()
-            batch = next(source, None)
-            if batch is None:
-                break
-            if batch.step == 4:
-                begin, waited, num_tokens = time.perf_counter(), 0.0, 0
-            waited += time.perf_counter() - before
-            for part in batch.parts:
-                loss = model(*train_gpt.to_device(part, cfg.data.seq_len, device)).sum() / batch.num_tokens
-                loss.backward()
-            optimizers.step(0.1)
-            num_tokens += batch.num_tokens
-        spent = time.perf_counter() - begin
-    return {"demo_tokens_per_second": num_tokens / spent, "loader_seconds_over_step_seconds": waited / spent}
+        say = dict(cwd=root, check=True, stdout=subprocess.DEVNULL)
+        shards = ["--out", f"{folder}/shards", "--tokens", "300000"]
+        subprocess.run([sys.executable, "-m", "data.sample", *shards], **say)
+        settings = ["--data.shards", f"{folder}/shards", "--run.out_dir", f"{folder}/run", "--run.log_every", "4"]
+        steps = ["--run.steps", "36", "--data.val_every", "36"]
+        subprocess.run([sys.executable, "train_gpt.py", "configs/demo.toml", *settings, *steps], **say)
+        rows = [r for r in read_run(Path(folder) / "run").rows if "train_nats" in r]
+    spent = rows[-1]["time_s"] - rows[0]["time_s"]  # the first rows pay for warming up
+    waited = rows[-1]["wait_s"] - rows[0]["wait_s"]
+    return {
+        "demo_tokens_per_second": (rows[-1]["tokens"] - rows[0]["tokens"]) / spent,
+        "loader_wait_over_step": waited / spent,
+    }
 
 
 BENCHES: dict[str, Callable[[], dict]] = {

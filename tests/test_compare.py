@@ -107,7 +107,6 @@ def test_two_arms_without_any_spread_and_difference_are_not_tested():
     assert rows["down"].p == rows["down"].p_holm  # the only test made
 
 
-@pytest.mark.xfail(strict=True, reason="scipy divides by a spread of 0, and p is exactly 0")
 @pytest.mark.filterwarnings("ignore:Precision loss:RuntimeWarning")
 def test_a_difference_without_any_spread_is_no_certainty():
     up = rows_of({"random": np.array([3.0, 3.0]), "up": np.array([2.9, 2.9])})["up"]

@@ -95,15 +95,10 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
     }
 
 
-BENCH = pytest.mark.xfail(strict=True, reason="bench times the trainer's step from inside; DESIGN: scripts launch it")
-
-
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=BENCH if name_of(path) == "scripts/bench.py" else (), id=name_of(path))
-        for path in FILES
-    ],
+    FILES,
+    ids=name_of,
 )
 def test_imports_point_one_way(path):
     name = name_of(path)

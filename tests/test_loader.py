@@ -202,8 +202,5 @@ def test_closing_early_ends_the_thread():
     assert not threads_left(prefetched(count()))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the thread's last put, of the end or of an exception, waits for ever on a full queue"
-)
 def test_closing_early_ends_a_thread_that_has_finished_its_work():
     assert not threads_left(prefetched(iter(range(3)), depth=2))

@@ -187,11 +187,6 @@ def test_a_schedule_that_asks_too_much_of_a_bin_is_refused():
         build_order(values_N, length_N, hand_made(*[[1, 0]] * 13, *[[0, 1]] * 12), 2, 0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeWarning,
-    reason="project overflows on the way, its error becomes NaN, NaN > USABLE is false, and the order is 0, 1, 2, ...",
-)
 def test_a_schedule_that_asks_far_too_much_of_a_bin_is_refused_too():
     values_N, length_N = corpus_of(1000)
     with pytest.raises(InputError, match=TOO_MUCH):
@@ -318,14 +313,13 @@ def test_a_random_tail_is_random_only_there():
 # -- Placebo
 
 
-def test_a_placebo_keeps_the_sizes_of_the_bins_and_destroys_their_meaning():
+def test_a_placebo_plays_its_schedule_over_bins_without_meaning():
     values_N, length_N = corpus_of(4000)
     real = build_order(values_N, length_N, parse("increasing"), 16, 0)
     shams = [build_order(values_N, length_N, parse("placebo(increasing)"), 16, seed) for seed in range(5)]
     five_sd = 5 / np.sqrt(4000)
     assert stats.spearmanr(real.bin_N, values_N).statistic > 0.9
     for sham in shams:
-        assert np.bincount(sham.bin_N).tolist() == np.bincount(real.bin_N).tolist()
         assert abs(stats.spearmanr(sham.bin_N, values_N).statistic) < five_sd
         assert abs(stats.spearmanr(np.argsort(sham.order_N), values_N).statistic) < five_sd
         assert (
@@ -334,21 +328,10 @@ def test_a_placebo_keeps_the_sizes_of_the_bins_and_destroys_their_meaning():
     assert len({tuple(sham.bin_N.tolist()) for sham in shams}) == len(shams)
 
 
-def test_a_placebo_keeps_the_tokens_of_every_bin_where_length_has_no_part_in_the_measure():
-    values_N, length_N = corpus_of(4000)
-    for seed in range(5):
-        built = build_order(values_N, length_N, parse("placebo(increasing)"), 16, seed)
-        per_bin, sd = np.bincount(built.bin_N), length_N.std()
-        assert np.all(np.abs(built.bin_tokens_B - per_bin * length_N.mean()) < 5 * sd * np.sqrt(per_bin))
-
-
-@pytest.mark.xfail(
-    strict=True, reason="bins are permuted by segment: the bin of short ones gets 8x the tokens of others"
-)
 def test_a_placebo_keeps_the_tokens_of_every_bin_whatever_the_measure():
     length_N = np.random.default_rng(0).integers(8, 1025, 4000)
     built = build_order(length_N.astype(float), length_N, parse("placebo(increasing)"), 16, 0)
-    assert built.bin_tokens_B.max() < 1.3 * built.bin_tokens_B.min()
+    assert np.ptp(built.bin_tokens_B) <= 2 * length_N.max()
 
 
 # -- A budget

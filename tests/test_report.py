@@ -9,6 +9,7 @@ import pytest
 
 from curriculum import order, score
 from curriculum.compare import Row, compare
+from curriculum.config import Config, Data, Optim
 from curriculum.records import find_runs, usable_arms
 from curriculum.report import assign_looks, average, density, quantiles, render, smooth, verdict
 from data.shards import open_corpus, read_shard
@@ -28,15 +29,11 @@ def write_run(folder, name, order_path, corpus, seed, level):
     about = dict(kind="run", name=name, seed=seed, steps=STEPS, val_tokens=1000, parameters=12345, code_sha256="c" * 64)
     about |= dict(identity=identity | dict(segments_sha256="s", val_segments_sha256="v"))
     about |= dict(order={key: manifest[key] for key in keys} | dict(tokens=tokens))
-    about |= dict(
-        config=dict(
-            run=dict(name=name, seed=seed),
-            data=dict(shards=str(corpus), order=str(order_path), seq_len=64),
-            optim=dict(muon_lr=0.02 + 0.01 * (name == "increasing")),
-        ),
-        hardware=dict(device="test"),
-        processes=1,
+    config = Config(
+        data=Data(shards=str(corpus), order=str(order_path), seq_len=64, micro_batch_tokens=1024, batch_tokens=1024),
+        optim=Optim(muon_lr=0.02 + 0.01 * (name == "increasing")),
     )
+    about |= dict(config=config.model_dump(mode="json"), hardware=dict(device="test"), processes=1)
     rows = [about]
     for step in range(1, STEPS + 1):
         at = dict(step=step, tokens=tokens * step // STEPS, time_s=0.5 * step)
@@ -64,12 +61,12 @@ def made(tmp_path_factory, tiny_corpus):
     return root
 
 
-def page_of(root, problems=()) -> str:
+def page_of(root, problems=(), baseline="random") -> str:
     from plotly.offline import get_plotlyjs
 
-    arms, notes = usable_arms(find_runs([root / "runs"]), "random")
+    arms, notes = usable_arms(find_runs([root / "runs"]), baseline)
     losses = {name: np.array([run.final_val_nats for run in runs]) for name, runs in arms.items()}
-    page = render(arms, compare(losses, "random"), [*problems, *notes], "random")
+    page = render(arms, compare(losses, baseline), [*problems, *notes], baseline)
     assert page.count(get_plotlyjs()) == 1
     return page.replace(get_plotlyjs(), "")
 
@@ -101,6 +98,7 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         inside = self.open[-1] if self.open else ""
         if inside == "script" and self.tags[-1][1].get("type") == "application/json":
+            assert "<" not in data  # or a name could end the script
             self.figures.append(json.loads(data))
         elif inside not in ("script", "style"):
             self.texts.append((inside, data))
@@ -131,10 +129,12 @@ def test_nothing_is_fetched(page):
     assert len(page) < 1_000_000
 
 
-def test_names_are_text_wherever_they_stand(page):
-    assert ODD in Reader(page).text
-    assert "<img" not in page and "&#x27;&quot;&lt;/script&gt;" in page
-    for figure in Reader(page).figures:  # plotly reads tags in labels
+@pytest.mark.parametrize("baseline", ["random", ODD])
+def test_names_are_text_wherever_they_stand(made, baseline):
+    page = page_of(made, baseline=baseline)
+    read = Reader(page)
+    assert ODD in read.text and {tag for tag, _ in read.tags} & {"img"} == set()
+    for figure in read.figures:  # plotly reads tags in labels
         assert "<img" not in json.dumps(figure)
 
 
@@ -197,6 +197,17 @@ def test_what_is_gone_is_named_and_the_rest_is_shown(made, gone, silent, said):
     assert {part[1:].partition('"')[0] for part in parts if "Not shown: " in part} == silent
     assert all(said in part for part in parts if "Not shown: " in part)
     assert len(parts) == len(SECTIONS)
+
+
+def test_scores_made_again_are_not_taken_for_those_of_the_order(made):
+    (made / "scores").rename(made / "away")
+    try:
+        score.main(str(made / "corpus"), reference="none", out=made / "scores", max_len=32)
+        page = page_of(made)
+    finally:
+        shutil.rmtree(made / "scores")
+        (made / "away").rename(made / "scores")
+    assert page.count("the order was made from") == 2  # measures, examples
 
 
 def test_an_order_made_again_is_not_taken_for_the_one_trained_on(made, tmp_path):
@@ -277,6 +288,12 @@ def test_smoothing_averages_within_stretches():
     x, y = smooth(tokens, tokens**2, 1000)
     assert len(x) == 100
     np.testing.assert_allclose([x[3], y[3]], [np.mean(tokens[29:39]), np.mean(tokens[29:39] ** 2)])
+
+
+def test_settings_that_differ_are_named_and_no_others(page):
+    differing = Reader(page).text.split("What differs between arms")[1]
+    assert "optim.muon_lr" in differing and "order.schedule" in differing
+    assert "optim.head_lr" not in differing and "data.order" not in differing and "data.shards" not in differing
 
 
 @pytest.mark.parametrize("num_bins", [1, 4, 32, 33, 100])

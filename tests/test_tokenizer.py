@@ -134,7 +134,6 @@ def test_an_unknown_tokenizer_without_a_rank_file_is_refused(tmp_path):
         of_corpus(corpus_with(tmp_path, {"name": "llama"}))
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="of_corpus takes the rank file's hash for granted")
 def test_a_rank_file_recorded_without_its_hash_is_refused(ranks):
     with pytest.raises(InputError, match="sha256"):
         of_corpus(corpus_with(ranks.parent, {"name": "small", "ranks": ranks.name}))

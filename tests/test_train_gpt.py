@@ -39,6 +39,7 @@ def rows_of(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("time_s", None)
+        row.pop("wait_s", None)
     assert rows[0].pop("kind") == "run"
     return rows[1:]
 
