@@ -95,11 +95,7 @@ def test_imports_are_found_wherever_they_stand(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "path",
-    FILES,
-    ids=name_of,
-)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_one_way(path):
     name = name_of(path)
     for module, lazy in imports(path):

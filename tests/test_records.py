@@ -21,6 +21,7 @@ def run_rows(
     multiset: str | None = "all",
     val: str = "val",
     val_tokens: int = 1000,
+    order_tokens: int | None = None,
     digest: str | None = None,
     **config,
 ) -> list[dict]:
@@ -33,7 +34,7 @@ def run_rows(
         segments_sha256="segments",
         val_segments_sha256=val,
     )
-    about = dict(recipe=f"recipe of {name}", order_sha256=order, tokens=steps * batch_tokens)
+    about = dict(recipe=f"recipe of {name}", order_sha256=order, tokens=order_tokens or steps * batch_tokens)
     if multiset:
         about["multiset_sha256"] = multiset
     settings = dict(run=dict(name=name, seed=seed), data=dict(batch_tokens=batch_tokens), optim=dict(muon_lr=0.02))
@@ -220,15 +221,34 @@ def test_an_arm_that_saw_other_tokens_is_flagged_as_selection(runs):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [dict(steps=40), dict(batch_tokens=200), dict(optim=dict(muon_lr=0.04))],
-    ids=["steps", "batch", "optimizer"],
+    ("change", "settings"),
+    [
+        (dict(steps=40), "steps"),
+        (dict(batch_tokens=200), "data.batch_tokens"),
+        (dict(optim=dict(muon_lr=0.04)), "optim.muon_lr"),
+        (dict(model=dict(num_layers=6)), "model.num_layers"),
+    ],
 )
-def test_an_arm_that_differs_in_more_than_its_order_is_flagged(runs, change):
+def test_an_arm_that_differs_in_more_than_its_order_is_flagged(runs, change, settings):
     """A longer run, or one with another learning rate, beats the baseline without any curriculum."""
     runs("random0", name="random", order="r0", final=3.0)
     runs("up0", **dict(name="up", order="u0", final=2.9) | change)
-    assert any("up" in problem for problem in arms_of(runs)[1])
+    _, (problem,) = arms_of(runs)
+    assert problem.startswith(f"up: differs from random in {settings}: ")
+
+
+def test_where_files_lie_is_no_difference(runs):
+    for name, place in (("random", "here"), ("up", "there")):
+        data = dict(shards=place, val_shards=place, order=f"{place}.npy", batch_tokens=100)
+        runs(name, name=name, order=name, final=3.0, data=data)
+    assert arms_of(runs)[1] == []
+
+
+def test_arms_that_stop_before_their_order_ends_are_flagged(runs):
+    runs("random0", name="random", order="r0", final=3.0)
+    runs("up0", name="up", order="u0", final=2.9, order_tokens=2001)
+    _, (problem,) = arms_of(runs)
+    assert problem.startswith("up: stops before its order ends")
 
 
 # -- The table

@@ -74,7 +74,7 @@ SINGLE = "".join(line(bytes([b]), b) for b in range(256))
     [
         (SINGLE + "dGg=\n", "line 257 is not `base64 rank`"),
         (SINGLE + "dGg= 256 0\n", "line 257 is not `base64 rank`"),
-        (SINGLE + "d%%% 256\n", "line 257 is not `base64 rank`"),
+        (SINGLE + "dG%g= 256\n", "line 257 is not `base64 rank`"),
         (SINGLE + line(b"th", "many"), "line 257 is not `base64 rank`"),
         ("", "256 of the 256 single bytes have no rank"),
         (SINGLE.replace(line(b"a", 97), ""), "1 of the 256 single bytes have no rank"),
