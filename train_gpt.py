@@ -546,7 +546,7 @@ def prepare(cfg: Config, say) -> Work:
         raise InputError(f"{val_corpus.folder}: the validation shards have another tokenizer than {corpus.folder}")
     unit, order, recipe, bin_N = data.unit, None, "stock", None
     if data.order:
-        from curriculum.order import check_segments, load_order, val_path
+        from curriculum.order import check_segments, load_order, load_val_bins
 
         order = load_order(data.order)
         unit, recipe = order.manifest["unit"], order.manifest["recipe"]
@@ -562,7 +562,7 @@ def prepare(cfg: Config, say) -> Work:
         if "val_segments_sha256" in order.manifest:
             if order.manifest["val_segments_sha256"] != val_segments.digest():
                 raise InputError(f"{data.order}: its validation bins were made for other validation shards")
-            bin_N = np.load(val_path(data.order))
+            bin_N = load_val_bins(data.order, order.manifest)
     ids = np.arange(len(segments)) if order is None else np.asarray(order.ids_N)
     train = Stream(corpus, segments, ids)
     val = Stream(val_corpus, val_segments, np.arange(len(val_segments)))

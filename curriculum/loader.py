@@ -70,6 +70,7 @@ def batches(
     for step in range(first_step, steps):
         begin = step * batch_tokens
         num_tokens = min(batch_tokens, stream.num_tokens - begin)
+        assert num_tokens > 0, "steps beyond the end of the order"
         cuts = [begin + num_tokens * i // num_parts for i in range(num_parts + 1)]
         mine = range(rank * num_parts // world, (rank + 1) * num_parts // world)
         spans = [(cuts[i], cuts[i + 1]) for i in mine]

@@ -133,6 +133,8 @@ def evaluate(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     Raises InputError on anything but names, numbers, + - * / **, log, sqrt, abs; on an unknown column (listing the
     known ones); and if any segment's value is NaN or infinite: a segment that cannot be sorted is never placed.
     """
+    if len(expression) > 1000:
+        raise InputError(f"measure {expression[:40]!r}...: {len(expression)} characters long; expected at most 1000")
     try:
         tree = ast.parse(expression, mode="eval").body
     except SyntaxError:
@@ -144,7 +146,7 @@ def evaluate(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
                 if name not in columns:
                     raise InputError(f"measure {expression!r}: no column {name!r}; there are {', '.join(columns)}")
                 return np.asarray(columns[name], dtype=np.float64)
-            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool) and number < 1e300:
                 return np.float64(number)  # a Python float would raise on 1 / 0 and turn complex on (-1) ** 0.5
             case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](value(left), value(right))

@@ -4,9 +4,9 @@
 
 **Emission time.** Let C_b(t) be the share of bin b that the schedule has asked for by progress t, and let q be the
 mid-point of a segment in its bin's shuffled token stream. The segment is due at tau = C_b^-1(q), and the order is
-argsort(tau): every segment exactly once, bins interleaved evenly, no bin ever off its schedule by more than one
-segment. The schedule is first projected (Sinkhorn) so that each moment emits one moment's worth of tokens and each
-bin is used up exactly at the end: every arm trains on the same tokens, only their order differs.
+argsort(tau): every segment exactly once, bins interleaved evenly, and at every tau no bin off its schedule by more
+than half its longest segment. The schedule is first projected (Sinkhorn) so that each moment emits one moment's worth
+of tokens and each bin is used up exactly at the end: every arm trains on the same tokens, only their order differs.
 
     python -m curriculum.order --scores scores/ --measure entropy --schedule "then(fold(5), random, tau=0.2)" \\
         --bins 16 --seed 0 --out orders/fold5-0.npy
@@ -100,8 +100,12 @@ def main(
             raise InputError(f"{scores}: its validation tables have other settings than its training tables")
         bin_V = np.searchsorted(built.edges, evaluate(measure, val.columns), side="right").astype(np.int16)
         manifest["val_segments_sha256"] = val.segments.digest()
+        manifest["val_bins_sha256"] = hashlib.sha256(bin_V.data).hexdigest()
         with atomic_path(val_path(out)) as temporary, open(temporary, "wb") as file:
             np.save(file, bin_V)
+        if ties := int(np.count_nonzero(np.diff(built.edges) == 0)):
+            print(f"note: {ties} bins share their edge with a neighbour ({measure} has ties): by value, as validation")
+            print("  segments are binned, such bins cannot be told apart")
     save_order(out, ids, manifest)
     shown = load_order(out)
     print(f"{out}: {len(ids):,} segments, {manifest['num_tokens']:,} tokens, {plan.text} over {bins} bins of {measure}")
@@ -149,17 +153,16 @@ def build_order(values_N: np.ndarray, length_N: np.ndarray, schedule: Schedule, 
     by_value_N = np.argsort(values_N, kind="stable")  # ties by id
     rank_N = token_ranks(by_value_N, length_N)
     bin_N = equal_bins(rank_N, num_bins)
+    edges = values_N[by_value_N[np.searchsorted(bin_N[by_value_N], np.arange(1, num_bins)).clip(max=len(bin_N) - 1)]]
+    if schedule.placebo:  # bins of equal tokens again, of segments sorted by chance
+        by_chance_N = np.random.default_rng([seed, PLACEBO]).permutation(len(values_N))
+        bin_N = equal_bins(token_ranks(by_chance_N, length_N), num_bins)
     bin_counts_B = np.bincount(bin_N, minlength=num_bins)
     if not bin_counts_B.all():
         raise InputError(
             f"bins = {num_bins}: bin {int(np.argmin(bin_counts_B))} would hold no segment "
             "(a bin's share of tokens is smaller than one segment): use fewer bins"
         )
-    edges = values_N[by_value_N[np.cumsum(bin_counts_B)[:-1]]]
-    if schedule.placebo:  # bins of equal tokens again, of segments sorted by chance
-        by_chance_N = np.random.default_rng([seed, PLACEBO]).permutation(len(values_N))
-        bin_N = equal_bins(token_ranks(by_chance_N, length_N), num_bins)
-
     bin_tokens_B = np.bincount(bin_N, weights=length_N, minlength=num_bins)
     progress_G = (np.arange(GRID) + 0.5) / GRID
     wanted_GB, error = project(schedule.weights(progress_G, num_bins), bin_tokens_B / bin_tokens_B.sum())
@@ -217,8 +220,8 @@ def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, flo
     if not error <= USABLE:  # NaN: the scaling overflowed on its way to infinity
         worst = int(np.argmax(np.nan_to_num(np.abs(held_G * num_cells - 1), nan=np.inf)))
         raise InputError(
-            f"the schedule cannot use every segment exactly once: at progress {worst / num_cells:.2f} it asks for "
-            f"{held_G[worst] * num_cells:.2f} times the tokens there is room for; widen sigma or use fewer bins"
+            "the schedule cannot use every segment exactly once: too few of the bins it visits around progress "
+            f"{worst / num_cells:.2f} have tokens left for it; widen sigma or use fewer bins"
         )
     return (row_G if error < TOLERANCE else row_G * held_G * num_cells)[:, None] * weights_GB * column_B, error
 
@@ -284,14 +287,26 @@ def load_order(path: Path | str) -> Order:
     manifest = read_json(path.with_suffix(".json"))
     if manifest.get("version") != ORDER_VERSION:
         raise InputError(f"{path}: order format version {manifest.get('version')}, expected {ORDER_VERSION}")
+    return Order(load_hashed(path, manifest.get("order_sha256")), manifest)
+
+
+def load_hashed(path: Path, recorded: str | None) -> np.ndarray:
+    """An array whose bytes have the SHA-256 its manifest recorded. Raises InputError on anything else."""
     try:
-        ids = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, though its order's manifest speaks of it: make the order again") from None
     except (ValueError, EOFError) as error:
         raise InputError(f"{path}: not a whole .npy file: {error}") from None
-    found = hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
-    if found != manifest["order_sha256"]:
-        raise InputError(f"{path}: its ids hash to {found[:12]}, its manifest says {manifest['order_sha256'][:12]}")
-    return Order(ids, manifest)
+    found = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+    if found != recorded:
+        raise InputError(f"{path}: its content hashes to {found[:12]}, its manifest says {str(recorded)[:12]}")
+    return array
+
+
+def load_val_bins(path: Path | str, manifest: dict) -> np.ndarray:
+    """The bin of every validation segment, for the order at `path`."""
+    return load_hashed(val_path(path), manifest.get("val_bins_sha256"))
 
 
 def val_path(path: Path | str) -> Path:

@@ -33,7 +33,7 @@ class Schedule:
     weights: Callable[[np.ndarray, int], np.ndarray]
     iid_spans: tuple[tuple[float, float], ...] = ()
     placebo: bool = False
-    text: str = ""
+    text: str = ""  # the expression with every argument spelled out: equal texts are equal schedules
 
 
 def window(mu_T: np.ndarray, num_bins: int, sigma: float) -> np.ndarray:
@@ -172,6 +172,8 @@ FAMILIES: dict[str, Callable[..., Schedule]] = {
 
 def parse(text: str) -> Schedule:
     """A schedule from its expression. Raises InputError on unknown names or arguments, listing the known ones."""
+    if len(text) > 1000:
+        raise InputError(f"schedule {text[:40]!r}...: {len(text)} characters long; expected at most 1000")
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
@@ -204,12 +206,16 @@ def parse(text: str) -> Schedule:
                 raise InputError(
                     f"schedule {text!r}: {name}: {parameter} must be {kind}; it is {name}{readable(signature)}"
                 )
-        return FAMILIES[name](**bound.arguments)
+        bound.apply_defaults()
+        shown = ", ".join(
+            f"{p}={v.text}" if isinstance(v, Schedule) else f"{p}={v}" for p, v in bound.arguments.items()
+        )
+        return replace(FAMILIES[name](**bound.arguments), text=f"{name}({shown})" if shown else name)
 
     schedule = build(tree)
     if not isinstance(schedule, Schedule):
         raise InputError(f"schedule {text!r} is a number; write e.g. fold(5) or {EXAMPLE}")
-    return replace(schedule, text=ast.unparse(tree))
+    return schedule
 
 
 EXAMPLE = "then(fold(5), random, tau=0.2)"

@@ -26,10 +26,10 @@ from curriculum.measures import TEXT_MEASURES, model_measures, text_measures, un
 from data.cli import InputError, command
 from data.files import atomic_path, digest
 from data.segments import Segments, find_segments, packed_rows
-from data.shards import Corpus, check_vocab, open_corpus, read_shard
+from data.shards import Corpus, check_vocab, fingerprint, open_corpus, read_shard
 from data.tokenizer import of_corpus, token_bytes
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 
 
 def main(
@@ -181,6 +181,7 @@ def plan_units(corpus: Corpus, settings: dict, out: Path) -> list[Unit]:
                 settings=settings,
                 shard=path.name,
                 shard_sha256=corpus.sha256(path),
+                fingerprint=fingerprint(path),
                 num_tokens=len(tokens),
                 segments=[int(first), int(last)],
             )
@@ -340,6 +341,8 @@ def read_scores(folder: Path | str, split: str = "train") -> Scores:
         raise InputError(f"{folder}: no score table of {split} shards there; make them with curriculum.score")
     about = [read_provenance(path) for path in paths]
     for path, provenance in zip(paths, about, strict=True):
+        if (version := provenance["settings"].get("version")) != SCORES_VERSION:
+            raise InputError(f"{path}: score format version {version}, expected {SCORES_VERSION}: score again")
         if provenance["id"] != about[0]["id"]:
             raise InputError(f"{path}: scored with other settings than {paths[0].name}: score them again together")
     try:
@@ -353,6 +356,7 @@ def read_scores(folder: Path | str, split: str = "train") -> Scores:
         np.repeat(np.arange(len(paths), dtype=np.int32), counts),
         columns.pop("start"),
         columns["length"].astype(np.int32),
+        tuple(a["fingerprint"] for a in about),
     )
     del columns["num_bytes"]
     shards = [dict(name=a["shard"], sha256=a["shard_sha256"]) for a in about]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.cli import InputError
-from data.shards import Corpus, check_vocab, read_shard
+from data.shards import Corpus, check_vocab, fingerprint, read_shard
 
 UNITS = ("document", "window")
 
@@ -29,6 +29,7 @@ class Segments:
     shard_N: np.ndarray  # int32, index into Corpus.paths
     start_N: np.ndarray  # int64, first token within the shard
     length_N: np.ndarray  # int32, number of predictions
+    fingerprints: tuple[str, ...] = ()  # of the shards: places alone do not tell corpora apart
 
     def __len__(self) -> int:
         return len(self.length_N)
@@ -39,8 +40,8 @@ class Segments:
         return int(self.length_N.sum(dtype=np.int64))
 
     def digest(self) -> str:
-        """Hex SHA-256 of the table: equal digests mean that segment ids mean the same places."""
-        sha = hashlib.sha256()
+        """Hex SHA-256 of the table: equal digests mean that segment ids mean the same texts."""
+        sha = hashlib.sha256("".join(self.fingerprints).encode())
         for column, dtype in ((self.shard_N, "<i4"), (self.start_N, "<i8"), (self.length_N, "<i4")):
             sha.update(np.ascontiguousarray(column, dtype=dtype).data)
         return sha.hexdigest()
@@ -94,6 +95,7 @@ def corpus_segments(corpus: Corpus, max_len: int, unit: str = "document") -> Seg
         np.repeat(np.arange(len(tables), dtype=np.int32), counts),
         np.concatenate([start for start, _ in tables]),
         np.concatenate([length for _, length in tables]),
+        tuple(fingerprint(path) for path in corpus.paths),
     )
 
 

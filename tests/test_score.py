@@ -79,7 +79,8 @@ def test_packed_scores_equal_one_by_one(tiny_corpus, reference_run, scores):
     model.load_state_dict(saved["model"])
     shards = [read_shard(path) for path in open_corpus(tiny_corpus).paths]
     for i in range(0, len(table.segments), 5):
-        shard, start, length = (column[i] for column in vars(table.segments).values())
+        places = table.segments
+        shard, start, length = places.shard_N[i], places.start_N[i], places.length_N[i]
         tokens = torch.tensor(shards[shard][start : start + length + 1].astype(np.int64))
         with torch.no_grad():
             docs = train_gpt.documents(np.array([0, length]), 64, torch.device("cpu"))
