@@ -732,13 +732,15 @@ def train(cfg: Config, world: World) -> None:
             clock = world.clock()
         out_of_time = bool(cfg.run.max_seconds) and time.perf_counter() - started > cfg.run.max_seconds
         due = time.perf_counter() - last_save > cfg.run.checkpoint_seconds
-        if step in keep or world.agrees(last or due or out_of_time):
+        # Asked at logged steps only: agreeing waits for the device, as logging has just done.
+        logged = step % cfg.run.log_every == 0
+        if step in keep or last or (logged and world.agrees(due or out_of_time)):
             time_s += world.clock() - clock
             if step in keep:
                 save(folder / f"step{step}.pt")
             save(folder / "last.pt")
             last_save = time.perf_counter()
-            if not last and world.agrees(out_of_time):
+            if logged and not last and world.agrees(out_of_time):
                 log.say(f"{folder}: stopped after {cfg.run.max_seconds:g} s at step {step} of {work.steps}")
                 return
             clock = world.clock()

@@ -40,11 +40,11 @@ class Run(Table):
     out_dir: str = ""
     """Run folder; empty means runs/<name>-<digest>/seed<seed>. An unfinished run in it is continued."""
     max_seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Save and stop cleanly after this many seconds of wall time in this process; 0 means never."""
+    """Save and stop cleanly at the first logged step after this many seconds in this process; 0 means never."""
     save_at: Annotated[tuple[float, ...], Field(strict=False)] = ()  # TOML knows lists only
     """Fractions of the run (0 to 1] whose checkpoints are kept as step<k>.pt, e.g. as references."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """Save the resume point last.pt at the first step after this many seconds since the last save."""
+    """Save the resume point last.pt at the first logged step after this many seconds since the last save."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between rows of training loss in metrics.jsonl."""
 
