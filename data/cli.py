@@ -6,11 +6,17 @@
 `InputError` is the only exception a user may cause. Anything else is our bug and keeps its traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
+
+# Threads of a parallel region wait asleep, not spinning: beside another busy process spinning ones cost a training step
+# 5 to 10 times its time (LOG.md, 2026-11-21). OpenMP reads this once, so it is set before torch is imported; this is
+# the first of our modules that any program imports.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class InputError(ValueError):
