@@ -1,10 +1,13 @@
 """Reference models: whatever turns packed tokens into hidden states, and a head we apply ourselves.
 
     checkpoint   a .pt file of train_gpt.py, or a run folder (its last.pt)
-    directory    a causal LM saved by `transformers`, or the id of one on the Hub (extra: `hf`)
+    directory    a causal LM saved by `transformers`, or the id of one on the Hub, NAME or NAME@REVISION (extra: `hf`)
 
 The backbone is called for hidden states only; logits are never materialised (`curriculum.moments` reduces them).
 Attention stays within documents: both kinds use the trainer's own `attend`.
+
+A model whose tokenizer is not the shards' reads the text encoded again (`curriculum.retokenize`); which path a
+reference takes is found out when it is opened. A model of another vocabulary without a tokenizer is refused.
 
 This module alone imports `train_gpt`, and only where a model is opened: nothing else knows how to run a checkpoint.
 
@@ -12,6 +15,7 @@ Shapes: T tokens of one packed row   D hidden width   V vocabulary
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +25,12 @@ import torch
 from torch import Tensor
 
 from curriculum.moments import CAPS, Moments, token_moments
+from curriculum.retokenize import Retokenizer, encodes_alike, fast_backend, open_retokenizer
 from data.cli import InputError
 from data.shards import Corpus
+from data.tokenizer import of_corpus
+
+OPENED = itertools.count()  # transformers references of this process
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Reference:
     bias_V: Tensor | None = None
     cap: float = 0.0
     cap_kind: str = "rsqrt"
+    retokenizer: Retokenizer | None = None  # set: score it with `retokenized_measures`; None: it reads the shards' ids
 
     @torch.inference_mode()
     def moments(self, input_T: np.ndarray, target_T: np.ndarray, bounds: np.ndarray) -> Moments:
@@ -55,7 +64,8 @@ class Reference:
 def open_reference(name: str, corpus: Corpus, max_len: int, *, device: str = "auto", dtype: str = "auto") -> Reference:
     """Open a checkpoint, a run folder, a model directory or a Hub id, and check that it fits the corpus.
 
-    Raises InputError if it cannot be found or read, has another vocabulary, holds NaN, or cannot see max_len tokens.
+    Raises InputError if it cannot be found or read, holds NaN, has another vocabulary and no tokenizer of its own to
+    encode the text again, or reads the shards' ids but cannot see max_len of them.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,53 +118,56 @@ def open_checkpoint(name: str, corpus: Corpus, max_len: int, device: torch.devic
 
 def open_transformers(name: str, corpus: Corpus, max_len: int, device: torch.device, dtype: torch.dtype) -> Reference:
     """A causal LM through `transformers`, with our attention in place of its own."""
+    given, revision = name, ""
+    if not Path(given).exists():
+        name, _, revision = given.partition("@")
     if not Path(name).exists() and (name.startswith((".", "/")) or name.endswith(".pt") or name.count("/") > 1):
-        raise InputError(f"{name}: no such checkpoint, run folder or model directory")
+        raise InputError(f"{given}: no such checkpoint, run folder or model directory")
     try:
         import transformers
     except ImportError:
         raise InputError(
-            f"{name}: a transformers model needs the extra: pip install 'entropy-curriculum[hf]'"
+            f"{given}: a transformers model needs the extra: pip install 'entropy-curriculum[hf]'"
         ) from None
     from train_gpt import attend, documents
 
     transformers.logging.set_verbosity_error()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", dtype=dtype)
     except Exception as error:  # it raises OSError, ValueError and its HTTP library's errors alike
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: not a model directory here, nor reachable on the Hub ({reason})") from None
-    refuse_nan(name, model)
+        raise InputError(
+            f"{given}: not a model directory here, nor reachable on the Hub ({first_line(error)})"
+        ) from None
+    refuse_nan(given, model)
     model.to(device).eval()
     about_model = model.config.get_text_config()
     head = model.get_output_embeddings()
     if head is None:
-        raise InputError(f"{name}: has no output head: not a causal language model")
-    # More ids than the shards' are padding or another tokenizer's: only with the very same vocabulary do ids agree.
-    if about_model.vocab_size < corpus.vocab_size or about_model.vocab_size >= corpus.vocab_size + 256:
-        raise InputError(
-            f"{name}: the reference has {about_model.vocab_size} token ids, the shards in {corpus.folder} have "
-            f"{corpus.vocab_size}: it was trained on another vocabulary"
-        )
+        raise InputError(f"{given}: has no output head: not a causal language model")
     longest = getattr(about_model, "max_position_embeddings", None)
-    if longest is not None and max_len > longest:
-        raise InputError(f"{name}: sees at most {longest} tokens, --max-len is {max_len}")
+    retokenizer = retokenizer_of(given, name, revision, corpus, max_len, about_model, head.weight.shape[0])
+    # The most tokens of a document the model is given at once.
+    window = retokenizer.window if retokenizer else max_len
+    if longest is not None and window > longest:
+        raise InputError(f"{given}: sees at most {longest} tokens, --max-len is {max_len}")
 
     layout: list = []  # the documents of the row being computed, for the attention function below
 
     def attention(module, q, k, v, attention_mask, scaling=None, dropout=0.0, **options):
-        if options.get("softcap") or (options.get("sliding_window") or max_len) < max_len:
-            raise InputError(f"{name}: its attention has a softcap or a window shorter than {max_len}: not supported")
+        if options.get("softcap") or (options.get("sliding_window") or window) < window:
+            raise InputError(f"{given}: its attention has a softcap or a window shorter than {window}: not supported")
         q_THE, k_THE, v_THE = (x[0].transpose(0, 1) for x in (q, k, v))
         scale = scaling if scaling is not None else q_THE.shape[-1] ** -0.5
         return attend(q_THE, k_THE, v_THE, layout[0], scale)[None], None
 
-    transformers.AttentionInterface.register("within_documents", attention)
-    transformers.AttentionMaskInterface.register("within_documents", lambda *args, **kwargs: None)
-    model.set_attn_implementation("within_documents")
+    # The registry is transformers' own and global: two references at once need two names.
+    ours = f"within_documents_{next(OPENED)}"
+    transformers.AttentionInterface.register(ours, attention)
+    transformers.AttentionMaskInterface.register(ours, lambda *args, **kwargs: None)
+    model.set_attn_implementation(ours)
 
     def hidden(token_T, bounds):
-        layout[:] = [documents(bounds, max_len, device)]
+        layout[:] = [documents(bounds, window, device)]
         out = model.base_model(
             input_ids=token_T[None], position_ids=layout[0].position_T[None].to(device), use_cache=False
         )
@@ -164,25 +177,87 @@ def open_transformers(name: str, corpus: Corpus, max_len: int, device: torch.dev
         about=dict(
             kind="transformers",
             name=name,
-            revision=getattr(model.config, "_commit_hash", None),
+            revision=getattr(model.config, "_commit_hash", None) or revision or None,
             weights_sha256=weights_sha256(model),
             dtype=str(dtype)[6:],
             transformers=transformers.__version__,
+            **(about_retokenizer(retokenizer) if retokenizer else {}),
         ),
         hidden=hidden,
         head_VD=head.weight.detach(),
         bias_V=head.bias.detach() if getattr(head, "bias", None) is not None else None,
-        vocab_size=corpus.vocab_size,
+        vocab_size=retokenizer.num_ids if retokenizer else corpus.vocab_size,
         device=device,
         cap=getattr(about_model, "final_logit_softcapping", None) or 0.0,
         cap_kind="tanh",
+        retokenizer=retokenizer,
     )
-    refuse_other_logits(name, model, reference)
+    refuse_other_logits(given, model, reference, ours)
     return reference
 
 
+def retokenizer_of(
+    given: str, name: str, revision: str, corpus: Corpus, max_len: int, about_model, num_rows: int
+) -> Retokenizer | None:
+    """None if the model reads the shards' ids; else its own tokenizer, and a note on the terminal.
+
+    Raises InputError if its vocabulary is another one and it has no tokenizer that could be used.
+    """
+    tokenizer = load_tokenizer(given, name, revision)
+    # More ids than the shards' are padding or another tokenizer's: only with the very same vocabulary do ids agree.
+    fits = corpus.vocab_size <= about_model.vocab_size < corpus.vocab_size + 256
+    if fits and (tokenizer is None or encodes_alike(of_corpus(corpus), corpus.bos_id, tokenizer)):
+        return None
+    if tokenizer is None:
+        raise InputError(
+            f"{given}: the reference has {about_model.vocab_size} token ids, the shards in {corpus.folder} have "
+            f"{corpus.vocab_size}: it was trained on another vocabulary"
+        )
+    # Text of max_len shard tokens is rarely more than a few times as many of the reference's: 4 bounds what odd text
+    # (a byte-level reference, a thousand rulers of dashes) may cost.
+    limits = [4 * max_len]
+    limits += [getattr(about_model, key, None) for key in ("max_position_embeddings", "sliding_window")]
+    retokenizer = open_retokenizer(given, tokenizer, min(limit for limit in limits if limit), num_rows)
+    print(
+        f"note: {given} has another tokenizer ({retokenizer.num_ids} ids) than the shards ({corpus.vocab_size}): the "
+        "text is encoded again for it; across tokenizers compare nll_per_byte, not means per token"
+    )
+    return retokenizer
+
+
+def load_tokenizer(given: str, name: str, revision: str):
+    """The tokenizer that lies beside a model, or None. Raises InputError if there is one that cannot be loaded."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except Exception as error:  # as above, and whatever converting an old tokenizer may raise
+        if any(Path(name).glob("tokenizer*")):
+            raise InputError(f"{given}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        return None
+    # Some architectures come with an empty tokenizer of their own where no file holds one.
+    has_words = not tokenizer.is_fast or fast_backend(tokenizer) is not None
+    return tokenizer if has_words else None
+
+
+def about_retokenizer(retokenizer: Retokenizer) -> dict:
+    """What of another tokenizer changes numbers, and which numbers may be compared with other references'."""
+    import tokenizers
+
+    return dict(
+        comparable="nll_per_byte",
+        tokenizer_sha256=retokenizer.sha256(),
+        tokenizers=tokenizers.__version__,
+        window=retokenizer.window,
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 @torch.inference_mode()
-def refuse_other_logits(name: str, model, reference: Reference) -> None:
+def refuse_other_logits(name: str, model, reference: Reference, attention: str) -> None:
     """Compare our packed hidden states and head with the model's own logits, document by document.
 
     A scaling of logits we do not know of, or an attention that is not ours, shows here rather than in the scores.
@@ -197,7 +272,7 @@ def refuse_other_logits(name: str, model, reference: Reference) -> None:
     ours = CAPS[reference.cap_kind](logits, reference.cap)
     model.set_attn_implementation("eager")
     theirs = torch.cat([model(input_ids=part[None], use_cache=False).logits[0] for part in token_T.split(lengths)])
-    model.set_attn_implementation("within_documents")
+    model.set_attn_implementation(attention)
     difference = (ours - theirs.float()).abs().max().item()
     allowed = (1e-3 if reference.head_VD.dtype == torch.float32 else 0.1) * (1 + theirs.abs().max().item())
     if not difference <= allowed:

@@ -4,7 +4,8 @@ python -m scripts.bench order --json order.json
 
 prepare   tokenising text, tokens/s of one core, beside tiktoken's own list-returning call
 segments  the BOS scan and segment table, tokens/s of one core, beside the bare comparison it cannot do without
-score     entropy, varentropy and NLL from hidden states, beside the head's GEMM and the two-log-softmax formula
+scoring   entropy, varentropy and NLL from hidden states, beside the head's GEMM, the seed's formula and a whole GPT-2
+          124M; packing of the English corpus; merging the tables of 10M segments (`score` is the same)
 order     from a measure to an order, beside np.argsort of the same array
 loader    shuffled documents to batches, beside a bare np.concatenate of the same slices
 trainer   the demo preset's training step, tokens/s, and the share of it that waits for the loader
@@ -15,7 +16,6 @@ The JSON is flat: {"figure": number}, the unit or "over" in the key.
 import json
 import lzma
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,7 +36,7 @@ def main(name: str, /, json: Path | None = None) -> None:
     """Measure one part of the project on this machine and print its figures.
 
     Args:
-        name: prepare, segments, score, order, loader or trainer.
+        name: prepare, segments, scoring, order, loader or trainer.
         json: also write the figures here, as one flat JSON object.
     """
     if name not in BENCHES:
@@ -70,8 +70,20 @@ def seconds(*functions: Callable[[], object], repeats: int = 5) -> list[float]:
     return best
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def extra_mib(function: Callable[[], object]) -> float | None:
+    """How far a call raises this process's memory at its highest; None where that cannot be known (not Linux)."""
+
+    def kib(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks
+    except OSError:
+        return None
+    before = kib("VmRSS")
+    function()
+    return (kib("VmHWM") - before) / 1024
 
 
 def english_texts(max_characters: int) -> list[str]:
@@ -116,41 +128,176 @@ def bench_segments() -> dict:
     return {"segments_tokens_per_second_per_core": len(tokens) / ours, "segments_time_over_bare_scan": ours / bare}
 
 
-def bench_score() -> dict:
+def bench_scoring() -> dict:
+    return bench_head() | bench_forward() | bench_packing() | bench_merge()
+
+
+def bench_head() -> dict:
+    """The head of a GPT-2 124M alone: 2,048 hidden states of 768 numbers, 50,304 columns."""
     import torch
 
+    from curriculum import moments
     from curriculum.moments import token_moments
 
     torch.manual_seed(0)
-    hidden, head = torch.randn(1024, 768), torch.randn(50304, 768) / 28
-    target = torch.randint(50257, (1024,))
+    on_cuda = torch.cuda.is_available()
+    rows = 32768 if on_cuda else 2048
+    how = dict(device="cuda", dtype=torch.bfloat16) if on_cuda else {}
+    hidden, head = torch.randn(rows, 768, **how), torch.randn(50304, 768, **how) / 28
+    target = torch.randint(50257, (rows,), device=hidden.device)
+    some = slice(0, 2048)  # what the seed's formula can hold
 
-    def ours():
-        return token_moments(hidden, head, target)
+    def timed(function):
+        return lambda: (function(), torch.cuda.synchronize()) if on_cuda else function()
 
-    def gemm():
-        for at in range(0, 1024, 128):
-            torch.mm(hidden[at : at + 128], head.T)
+    def backend(name):
+        return timed(lambda: token_moments(hidden, head, target, backend=name))
 
-    def two_log_softmaxes():  # entropy and varentropy each from their own log-softmax of full logits
-        logits = hidden @ head.T
+    def gemm_of_rows(at_once):
+        buffer = torch.empty(at_once, len(head), dtype=hidden.dtype, device=hidden.device)
+
+        def run():
+            for part in hidden.split(at_once):
+                torch.mm(part, head.T, out=buffer)
+
+        return timed(run)
+
+    def gemm_of_columns():
+        buffer = torch.empty(2048, 2048, dtype=hidden.dtype, device=hidden.device)
+        for part in hidden.split(2048):
+            for columns in head.split(2048):
+                torch.mm(part, columns.T, out=buffer[:, : len(columns)])
+
+    def seeds_formula():  # entropy and varentropy each from their own log-softmax of full fp32 logits
+        logits = (hidden[some] @ head.T).float()
         logp = logits.log_softmax(1)
         entropy = -(logp.exp() * logp).sum(1)
         again = logits.log_softmax(1)
         varentropy = (again.exp() * (again + entropy[:, None]) ** 2).sum(1)
-        return -logp.gather(1, target[:, None]), entropy, varentropy
+        return -logp.gather(1, target[some, None]), entropy, varentropy
 
     with torch.inference_mode():
-        before = peak_mib()  # the highest so far: what the first call adds is its extra memory
-        ours()
-        extra = peak_mib() - before
-        mine, bare, full = seconds(ours, gemm, two_log_softmaxes, repeats=3)
-    return {
-        "score_tokens_per_second_head_only": 1024 / mine,
-        "score_over_gemm": bare / mine,
-        "score_over_two_log_softmaxes": full / mine,
-        "score_extra_mib": extra,
+        torch.mm(hidden[:64], head[:64].T)  # BLAS's own buffers
+        extra = extra_mib(lambda: token_moments(hidden, head, target, backend="eager"))
+        ours = {name: backend(name) for name in ["eager", "compiled"] + ["triton"] * on_cuda}
+        # Whichever arrangement of the bare product is fastest here is the one to be compared with.
+        gemms = {"rows": gemm_of_rows(128), "all": gemm_of_rows(2048), "columns": timed(gemm_of_columns)}
+        took = seconds(*ours.values(), *gemms.values(), timed(seeds_formula), repeats=3)
+    ours, bare, seed = dict(zip(ours, took, strict=False)), min(took[len(ours) : -1]), took[-1] * rows / 2048
+    if moments._cannot_compile:
+        print("  compiled is eager here: nothing can be compiled")
+    default = ours[moments.auto_backend(hidden, head)]
+    figures = {
+        "ours_over_gemm": bare / default,
+        "ours_over_seed": seed / default,
+        **({} if extra is None else {"extra_mib": extra}),
+        "gemm_tokens_per_second": rows / bare,
+        "seed_tokens_per_second": rows / seed,
     }
+    figures |= {f"{name}_tokens_per_second": rows / spent for name, spent in ours.items()}
+    figures |= {f"{name}_over_gemm": bare / spent for name, spent in ours.items()}
+    if on_cuda:
+        figures["triton_over_compiled"] = ours["compiled"] / ours["triton"]
+    return figures
+
+
+def bench_forward() -> dict:
+    """A whole model of GPT-2 124M's shape, random weights: scoring beside its forward and the head's bare product."""
+    try:
+        from transformers import GPT2Config, GPT2Model
+    except ImportError:
+        print("  ours_over_forward: not measured, transformers is not installed")
+        return {}
+    import torch
+
+    from curriculum.moments import token_moments
+
+    on_cuda = torch.cuda.is_available()
+    rows, device = (32, "cuda") if on_cuda else (2, "cpu")
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config()).eval().to(device, torch.bfloat16 if on_cuda else torch.float32)
+    head = model.wte.weight
+    token = torch.randint(len(head), (rows, 1024), device=device)
+
+    # Made once: touching so much fresh memory at every call would cost the bare product a tenth of its speed.
+    logits = torch.empty(token.numel(), len(head), dtype=head.dtype, device=device)
+
+    def after_forward(head_of):
+        def run():
+            head_of(model(token, use_cache=False).last_hidden_state.flatten(0, 1))
+            if on_cuda:
+                torch.cuda.synchronize()
+
+        return run
+
+    with torch.inference_mode():
+        ours, bare = seconds(
+            after_forward(lambda hidden: token_moments(hidden, head, token.flatten())),
+            after_forward(lambda hidden: torch.mm(hidden, head.T, out=logits)),
+            repeats=3,
+        )
+    figures = {"ours_over_forward": bare / ours}
+    if on_cuda:
+        figures["tokens_per_second"] = token.numel() / ours
+    return figures
+
+
+def bench_packing() -> dict:
+    """Share of real tokens in rows of the size that scoring takes on a CPU, English documents cut at 1,024 tokens."""
+    from data.prepare import encode_documents
+    from data.segments import find_segments, packed_rows
+    from data.tokenizer import gpt2
+
+    tokens = np.asarray(encode_documents(english_texts(40_000_000), gpt2()))
+    _, length_N = find_segments(tokens, 50256, 1024)
+    num_tokens = int(length_N.sum(dtype=np.int64))
+
+    def efficiency(row_tokens):
+        return num_tokens / ((len(packed_rows(length_N, row_tokens)) - 1) * row_tokens)
+
+    return {"packing_efficiency": efficiency(8192), "packing_efficiency_rows_of_65536": efficiency(65536)}
+
+
+MERGE = """
+import resource, sys, time
+from curriculum.score import read_scores
+begin = time.perf_counter()
+scores = read_scores(sys.argv[1])
+spent = time.perf_counter() - begin
+assert len(scores.segments) == 10_000_000
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+print(spent, peak)
+"""
+
+
+def bench_merge() -> dict:
+    """Reading back and checking the tables of 10M segments of 100 shards, in a process of its own."""
+    from curriculum.measures import MODEL_MEASURES, TEXT_MEASURES
+    from curriculum.score import SCORES_VERSION, write_table
+
+    rng = np.random.default_rng(0)
+    length = rng.integers(1, 1025, 100_000).astype(np.int32)
+    columns = dict(start=np.cumsum(length, dtype=np.int64) - length, length=length, num_bytes=length * 4)
+    names = [name for name in (*TEXT_MEASURES, *MODEL_MEASURES) if name not in columns]
+    columns |= {name: rng.random(100_000, dtype=np.float32) for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for shard in range(100):
+            name = f"bench_train_{shard:06}"
+            about = dict(
+                id="bench",
+                settings=dict(version=SCORES_VERSION, unit="document", max_len=1024),
+                shard=f"{name}.bin",
+                shard_sha256=f"{shard:064x}",
+                fingerprint=f"{shard:032x}",
+                num_tokens=int(length.sum()) + 1,
+                segments=[0, len(length)],
+            )
+            write_table(Path(folder) / f"{name}.parquet", columns, about)
+        root = Path(__file__).parents[1]
+        child = [sys.executable, "-c", MERGE, folder]
+        done = subprocess.run(child, cwd=root, check=True, capture_output=True, text=True)
+    spent, peak = map(float, done.stdout.split())
+    return {"merge_seconds": spent, "merge_peak_gib": peak}
 
 
 def bench_order() -> dict:
@@ -220,7 +367,8 @@ def bench_trainer() -> dict:
 BENCHES: dict[str, Callable[[], dict]] = {
     "prepare": bench_prepare,
     "segments": bench_segments,
-    "score": bench_score,
+    "scoring": bench_scoring,
+    "score": bench_scoring,
     "order": bench_order,
     "loader": bench_loader,
     "trainer": bench_trainer,

@@ -7,7 +7,7 @@ at=runs/demo
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
 say "1/6  The corpus: the source of this Python's standard library, and a tokenizer trained on it"
-[ -d $at/shards ] || python -m data.sample --out $at/shards --tokens 900000
+[ -d $at/shards ] || python -m data.sample --out $at/shards --tokens 800000
 
 say "2/6  A small reference model, trained on a part of the corpus that is neither scored nor trained on afterwards"
 reference_shards="$at/shards/stdlib_reference_*.bin"
@@ -21,11 +21,11 @@ python train_gpt.py configs/demo.toml --run.name reference --run.out_dir $at/ref
 say "3/6  Score every segment of the training and validation shards with it"
 python -m curriculum.score $at/shards --reference $at/reference --out $at/scores --max-len 256 --unit-tokens 100000
 
-say "4/6  Three orders of the same 262,144 tokens, two seeds each"
+say "4/6  Three orders of the same 196,608 tokens, two seeds each"
 make_order() {  # name, schedule, seed
   local file=$at/orders/$1-$3.npy
   [ -f "$file" ] || python -m curriculum.order --scores $at/scores --measure entropy --schedule "$2" --bins 16 \
-    --tokens 262144 --seed "$3" --out "$file"
+    --tokens 196608 --seed "$3" --out "$file"
 }
 for seed in 0 1; do
   make_order random random $seed

@@ -83,3 +83,48 @@ def test_logits_we_do_not_compute_are_refused(tiny_corpus, tmp_path):
     saved(config, tmp_path / "granite")
     with pytest.raises(InputError, match="its own logits differ"):
         open_reference(str(tmp_path / "granite"), open_corpus(tiny_corpus), 64, device="cpu")
+
+
+def test_two_references_at_once_do_not_mix_their_documents(tiny_corpus, tmp_path):
+    """transformers' registry of attention functions is global: each reference must keep its own."""
+    corpus = open_corpus(tiny_corpus)
+    row = np.random.default_rng(0).integers(0, VOCAB, 61)
+    bounds = np.array([0, 10, 60])
+    names = ("gpt2", "llama_tied")
+    for kind in names:
+        saved(configs()[kind], tmp_path / kind)
+    alone = [
+        open_reference(str(tmp_path / k), corpus, 64, device="cpu").moments(row[:-1], row[1:], bounds) for k in names
+    ]
+    both = [open_reference(str(tmp_path / k), corpus, 64, device="cpu") for k in names]
+    both[1].moments(row[:-1], row[1:], np.array([0, 30, 60]))
+    for expected, reference in zip(alone, both, strict=True):
+        torch.testing.assert_close(reference.moments(row[:-1], row[1:], bounds), expected)
+
+
+def test_a_revision_is_pinned_and_recorded(tiny_corpus, tmp_path, monkeypatch):
+    """NAME@REVISION of the Hub, played here by a folder; a folder with an @ in its name is that folder."""
+    corpus = open_corpus(tiny_corpus)
+    asked = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def from_hub(name, revision, **options):
+        asked.append((str(name), revision))
+        return load(tmp_path / "hub" if name == "someone/model" else name, **options)
+
+    def tokenizer_from_hub(name, revision):
+        asked.append((str(name), revision))
+        raise OSError("no tokenizer there")
+
+    saved(configs()["gpt2"], tmp_path / "hub")
+    saved(configs()["gpt2"], tmp_path / "model@home")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_hub)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizer_from_hub)
+    about = open_reference("someone/model@refs/pr/7", corpus, 64, device="cpu").about
+    assert (about["name"], about["revision"]) == ("someone/model", "refs/pr/7")
+    assert open_reference("someone/model", corpus, 64, device="cpu").about["revision"] is None
+    folder = str(tmp_path / "model@home")
+    assert open_reference(folder, corpus, 64, device="cpu").about["name"] == folder
+    assert asked == [
+        (n, r) for n, r in [("someone/model", "refs/pr/7"), ("someone/model", "main"), (folder, "main")] for _ in "12"
+    ]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -163,8 +164,137 @@ def test_a_shard_that_changed_is_noticed(make_tiny_corpus, tmp_path):
         run(corpus, "none", tmp_path / "scores")
 
 
+def verify(folder: Path, **options) -> None:
+    score.main(verify=folder, **options)
+
+
+def tamper(folder: Path, name: str, change) -> None:
+    """Change a column of the first training table behind its provenance's back."""
+    path = next(folder.glob("*train*.parquet"))
+    table = pq.read_table(path)
+    columns = {n: table[n].to_numpy().copy() for n in table.column_names}
+    columns[name] = change(columns[name]).astype(columns[name].dtype)
+    score.write_table(path, columns, score.read_provenance(path))
+
+
+def test_good_tables_verify_wherever_the_command_is_given(scores, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    verify(scores)
+    printed = capsys.readouterr().out
+    assert "64 of " in printed
+    assert all(name in printed for name in (*TEXT_MEASURES, *MODEL_MEASURES))
+
+
+@pytest.mark.parametrize("name", ["nll", "zstd_ratio", "entropy_last"])
+def test_tampered_tables_do_not(scores, tmp_path, capsys, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(scores, copy)
+    tamper(copy, name, lambda column: column + 0.01)
+    with pytest.raises(SystemExit) as stop:
+        verify(copy, verify_segments=32)
+    assert stop.value.code == 1
+    assert f"{name} cannot be reproduced" in capsys.readouterr().err
+
+
+def test_verifying_asks_for_the_same_reference_and_shards(
+    tiny_corpus, make_tiny_corpus, reference_run, scores, tmp_path
+):
+    early = next(reference_run.glob("step*.pt"))
+    with pytest.raises(InputError, match="reference of weights"):
+        verify(scores, reference=str(early))
+    with pytest.raises(InputError, match="other training shards"):
+        score.main(str(make_tiny_corpus(tmp_path / "corpus", seed=1)), verify=scores)
+    copy = tmp_path / "copy"
+    shutil.copytree(scores, copy)
+    (copy / "scored.json").unlink()
+    with pytest.raises(InputError, match="where its shards lie"):
+        verify(copy)
+    score.main(str(tiny_corpus), reference=str(reference_run), verify=copy, verify_segments=2)
+
+
+def test_per_token_output_is_what_the_measures_are_means_of(tiny_corpus, reference_run, scores, tmp_path):
+    """Asked for after the tables were made: they stay as they are, to the byte."""
+    out = tmp_path / "scores"
+    shutil.copytree(scores, out)
+    run(tiny_corpus, reference_run, out, per_token=True)
+    assert tables(out) == tables(scores) and not (out / "units").exists()
+    for path in sorted(out.glob("*.parquet")):
+        table, tokens = pq.read_table(path), pq.read_table(out / "per_token" / path.name)
+        assert score.read_provenance(path) == score.read_provenance(out / "per_token" / path.name)
+        start_N = table["start"].to_numpy()
+        for name in ("nll", "entropy", "varentropy"):
+            column = tokens[name].to_numpy()
+            assert column.dtype == np.float16 and len(column) == score.read_provenance(path)["num_tokens"] - 1
+            mean_N = np.add.reduceat(column.astype(np.float64), start_N) / table["length"].to_numpy()
+            np.testing.assert_allclose(mean_N, table[name], rtol=1e-3, atol=1e-4)
+    before = tables(out / "per_token")
+    shutil.rmtree(out)
+    run(tiny_corpus, reference_run, out, per_token=True)
+    assert tables(out) == tables(scores) and tables(out / "per_token") == before
+
+
+def test_a_reference_with_another_tokenizer(tiny_corpus, reference_run, tmp_path):
+    """Whether it is right is tested in test_retokenize; here, that scoring gives it the text and not the ids."""
+    from tests.test_retokenize import renumbered, save_model, save_tokenizer, trained_bpe
+
+    other, out = tmp_path / "other", tmp_path / "scores"
+    save_model(other, "llama", 402)
+    save_tokenizer(other, renumbered(trained_bpe(400), ["<s>", "</s>"]), bos_token="<s>", eos_token="</s>")
+    run(tiny_corpus, other, out)
+    table = score.read_scores(out)
+    assert table.settings["reference"]["comparable"] == "nll_per_byte"
+    assert 0 < table.columns["num_reference_tokens"].sum() < table.segments.num_tokens
+    assert table.columns["num_unreadable_bytes"].sum() == 0
+    run(tiny_corpus, other, tmp_path / "whole", unit_tokens=10**6)
+    whole = score.read_scores(tmp_path / "whole")
+    np.testing.assert_allclose(table.columns["nll_per_byte"], whole.columns["nll_per_byte"], rtol=1e-4, equal_nan=True)
+    verify(out, verify_segments=16)
+    with pytest.raises(InputError, match="predictions are not of these tokens"):
+        run(tiny_corpus, other, tmp_path / "token", per_token=True)
+    with pytest.raises(InputError, match="have different tokenizers"):
+        run(tiny_corpus, other, tmp_path / "two", early_reference=str(reference_run))
+
+
+def test_the_card_tells_datasets_where_the_tables_are(tiny_corpus, reference_run, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    run(tiny_corpus, reference_run, tmp_path / "scores", per_token=True, row_tokens=256)
+    score.write_card(tmp_path / "scores")
+    loaded = datasets.load_dataset(str(tmp_path / "scores"), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "validation"):
+        table = score.read_scores(tmp_path / "scores", split[:3] if split == "validation" else split)
+        np.testing.assert_array_equal(loaded[split]["nll"], table.columns["nll"])
+    tokens = datasets.load_dataset(str(tmp_path / "scores"), "per_token", cache_dir=str(tmp_path / "cache"))
+    assert tokens["train"].num_rows == score.read_scores(tmp_path / "scores").segments.num_tokens
+
+
+def test_pushing_without_a_hub_is_a_sentence(scores, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to the Hub")
+
+    copy = tmp_path / "copy"
+    shutil.copytree(scores, copy)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
+    with pytest.raises(InputError, match="someone/tables: not uploaded .no route.*lie complete"):
+        score.push(copy, "someone/tables")
+
+
+def test_what_is_missing_on_the_command_line_is_a_sentence(tiny_corpus, tmp_path):
+    for arguments in ([""], ["x"], ["x", "none"]):
+        with pytest.raises(InputError, match="expected SHARDS, --reference and --out"):
+            score.main(*arguments)
+    for change, sentence in (
+        (dict(engine="spark"), "--engine spark"),
+        (dict(per_token=True), "--per-token needs"),
+        (dict(early_reference="x"), "--early-reference needs"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            score.main(str(tiny_corpus), "none", tmp_path / "out", **change)
+
+
 def test_a_second_scorer_is_refused(tiny_corpus, tmp_path):
-    with score.only_scorer(tmp_path), pytest.raises(InputError, match="another scorer"):
+    with score.hold_folder(tmp_path, score.this_launch()), pytest.raises(InputError, match="another scorer"):
         run(tiny_corpus, "none", tmp_path)
 
 
