@@ -571,20 +571,21 @@ def read_scores(folder: Path | str, split: str = "train") -> Scores:
             raise InputError(f"{path}: score format version {version}, expected {SCORES_VERSION}: score again")
         if provenance["id"] != about[0]["id"]:
             raise InputError(f"{path}: scored with other settings than {paths[0].name}: score them again together")
+
+    def column(name: str) -> np.ndarray:  # one at a time: whole tables beside their copies would be twice the memory
+        return np.concatenate([pq.read_table(path, columns=[name])[name].to_numpy() for path in paths])
+
     try:
-        tables = [pq.read_table(path) for path in paths]
-    except (pa.ArrowException, OSError) as error:
+        counts = [pq.read_metadata(path).num_rows for path in paths]
+        columns = {name: column(name) for name in pq.read_schema(paths[0]).names if name != "num_bytes"}
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise InputError(f"{folder}: a table is damaged ({error}); remove it and score again") from None
-    counts = [t.num_rows for t in tables]
-    whole = pa.concat_tables([t.replace_schema_metadata(None) for t in tables])
-    columns = {name: whole[name].to_numpy() for name in whole.column_names}
     segments = Segments(
         np.repeat(np.arange(len(paths), dtype=np.int32), counts),
         columns.pop("start"),
         columns["length"].astype(np.int32),
         tuple(a["fingerprint"] for a in about),
     )
-    del columns["num_bytes"]
     shards = [dict(name=a["shard"], sha256=a["shard_sha256"]) for a in about]
     return Scores(columns, segments, digest([about[0]["id"], shards]), about[0]["id"], shards, about[0]["settings"])
 
