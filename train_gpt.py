@@ -599,12 +599,15 @@ def claim_folder(cfg: Config, work: Work, leads: bool) -> Path:
     folder = Path(cfg.run.out_dir or f"runs/{cfg.run.name}-{work.identity['digest']}/seed{cfg.run.seed}")
     known = folder / "config.json"
     if known.exists():
-        theirs = read_json(known).get("identity", {})
-        for key, ours in work.identity.items():
-            if theirs.get(key) != ours:
+        stored, ours = read_json(known), cfg.model_dump(mode="json")
+        theirs, tables = stored.get("identity", {}), stored.get("config", {})
+        for key, mine in work.identity.items():
+            if theirs.get(key) != mine:
+                settings = [(f"{t}.{k}", tables.get(t, {}).get(k), v) for t in ours for k, v in ours[t].items()]
+                changed = [f"{name} {old}, now {new}" for name, old, new in settings if old != new]
                 raise InputError(
-                    f"{folder}: holds a run with another {key} ({theirs.get(key)}, this one has {ours}); "
-                    "choose another run.out_dir or remove the folder"
+                    f"{folder}: holds a run with another {key} ({theirs.get(key)}, this one has {mine}; "
+                    f"settings: {'; '.join(changed) or 'equal'}); choose another run.out_dir or remove the folder"
                 )
     elif leads:
         if folder.exists() and any(folder.iterdir()):
