@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curriculum.config import Config, Optim, load, parse_args
+from curriculum.config import Config, Optim, Run, load, parse_args, stage
 from data.cli import InputError
 
 
@@ -44,7 +44,7 @@ def test_what_is_not_said_is_the_default_and_what_is_said_is_kept(toml):
     [
         ("speed = 1", "unknown setting speed; known are run, data, model, optim"),
         ("[nosuch]\na = 1", "unknown setting nosuch; known are run, data, model, optim"),
-        ("[run]\nstep = 4", "unknown setting run.step; known are name, seed, steps"),
+        ("[run]\nstep = 4", "unknown setting run.step; known are name, seed, num_seeds, steps"),
         ("run = 5", "run = 5: input should be a valid dictionary"),
         ("[run]\nsteps = 40.5", "run.steps = 40.5: input should be a valid integer"),
         ('[run]\nsteps = "many"', "run.steps = 'many': input should be a valid integer"),
@@ -75,6 +75,15 @@ IMPOSSIBLE = {
     "[model]\nhead_dim = 6": "model.head_dim 6 must .* be a multiple of 4",
     "[model]\nnum_layers = 3\nnum_value_embeds = 2": "model.num_value_embeds 2 takes 4 layers, model.num_layers is 3",
     "[optim]\nwarmup_frac = 0.5\ncooldown_frac = 0.6": "optim.warmup_frac and optim.cooldown_frac overlap",
+    "[optim]\nmomentum_warmup_frac = 0.5\nmomentum_cooldown_frac = 0.6": "optim.momentum_warmup_frac and .* overlap",
+    "[data]\nbatch_schedule = [0.3, 1]": "data.batch_schedule 0.3 of data.batch_tokens 524288 is not a multiple",
+    "[data]\nbatch_schedule = [0.0]": "data.batch_schedule.0 = 0.0: input should be greater than 0",
+    "[data]\nseq_schedule = [0.5, 2.0]": r"data.seq_schedule \[0.5, 2.0\]: shares lie in \(0, 1\] and the last is 1",
+    "[model]\nwindow = 8\nwindow_schedule = [0.5]": r"model.window_schedule \[0.5\]: shares lie in \(0, 1\]",
+    "[model]\nwindow_schedule = [0.5, 1]": "model.window_schedule needs model.window or model.short_window",
+    "[model]\nwindow = 64\nshort_window = 128": "model.short_window 128 is longer than model.window 64",
+    '[model]\nwindow_pattern = "SXL"': "model.window_pattern = 'SXL': string should match pattern",
+    "[model]\nmodel_dim = 8\nhead_dim = 4\nsmear = true": "model.model_dim 8: gates read 12 numbers of the stream",
     "[run]\nsave_at = [0.5, 1.5]": r"run.save_at \[0.5, 1.5\]: fractions must lie in \(0, 1\]",
     "[run]\nsave_at = [0.0]": r"run.save_at \[0.0\]",
     "[run]\nsave_at = [nan]": "run.save_at.0 = nan: input should be a finite number",
@@ -152,11 +161,27 @@ def test_the_command_line_has_the_last_word(toml):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--run.nosuch", "4"], "--run.nosuch"),
-        (["--run.steps", "many"], "--run.steps"),
-        (["--run.seed", "-4"], "greater than or equal to 0"),
-        (["--model.head-dim", "100"], "model.head_dim 100 must divide"),
+        (["--run.seed", "-4"], "command line: run.seed = -4: input should be greater than or equal to 0"),
+        (["--run.name", "a b"], "command line: run.name = 'a b': string should match pattern"),
+        (["--data.batch-schedule", "-1"], "data.batch_schedule.0 = -1.0: input should be greater than 0"),
+        (["--model.head-dim", "100"], "command line: model.head_dim 100 must divide"),
     ],
+)
+def test_an_option_out_of_range_is_refused_in_our_words(toml, capsys, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        parse_args([str(toml("")), *options])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_says_what_a_setting_does_and_seconds_have_a_short_name(toml, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "Tokens that a long layer looks back" in capsys.readouterr().out
+    assert parse_args([str(toml("")), "--max-seconds", "5"]).run.max_seconds == 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"), [(["--run.nosuch", "4"], "--run.nosuch"), (["--run.steps", "many"], "--run.steps")]
 )
 def test_bad_options_end_with_exit_code_2_and_say_why(toml, capsys, options, sentence):
     """The parser's box breaks lines; what matters is that the setting or the reason is in it."""
@@ -179,8 +204,8 @@ def test_without_a_config_there_is_nothing_to_run(tmp_path):
 
 # Names, seeds, places of files, and what changes no number of a run; the order counts by its recipe.
 NOT_OF_THE_ARM = {
-    "run": {"name", "seed", "out_dir", "max_seconds", "save_at", "checkpoint_seconds", "log_every"},
-    "data": {"shards", "val_shards", "order", "val_every"},
+    "run": set(Run.model_fields) - {"steps"},
+    "data": {"shards", "val_shards", "order", "val_every", "val_every_late"},
 }
 OTHER = {  # a valid other value for every setting that does not take its double
     "name": "other",
@@ -200,17 +225,33 @@ OTHER = {  # a valid other value for every setting that does not take its double
     "warmup_frac": 0.1,
     "cooldown_frac": 0.5,
     "floor": 0.5,
+    "wandb": "offline",
+    "window": 64,
+    "short_window": 64,
+    "window_pattern": "L",
+    "muon_coefficients": "simple",
+    "target_nats": 3.28,
+    "val_every_late": 5,
+    "batch_schedule": (0.5, 1.0),
+    "seq_schedule": (0.5, 1.0),
+    "window_schedule": (0.5, 1.0),
+    "mtp_weights": (0.5,),
+    "momentum_low": 0.5,
 }
+NEEDED = {"window_schedule": {"window": 64}}  # what else must be set for a value to be valid
 SETTINGS = [(table, name) for table, field in Config.model_fields.items() for name in field.annotation.model_fields]
 
 
 @pytest.mark.parametrize(("table", "name"), SETTINGS)
 def test_the_digest_changes_with_every_setting_that_changes_numbers_and_no_other(table, name):
     tables = Config().model_dump()
-    tables[table][name] = OTHER.get(name) or 2 * tables[table][name]
+    tables[table] |= NEEDED.get(name, {})
+    base = Config.model_validate(tables)
+    value = tables[table][name]
+    tables[table][name] = not value if isinstance(value, bool) else OTHER.get(name) or 2 * value or 0.5
     other = Config.model_validate(tables)
-    assert other != Config()
-    assert (other.digest() == Config().digest()) == (name in NOT_OF_THE_ARM.get(table, ()))
+    assert other != base
+    assert (other.digest() == base.digest()) == (name in NOT_OF_THE_ARM.get(table, ()))
 
 
 def test_the_digest_tells_recipes_apart_and_is_stable():
@@ -240,3 +281,19 @@ def test_a_run_without_warmup_begins_at_the_peak_and_ends_at_the_floor():
     assert Optim(cooldown_frac=0.7, floor=0.1).lr_scale(0.0) == 1.0
     assert Optim(cooldown_frac=0.7, floor=0.1).lr_scale(1.0) == 0.1
     assert Optim(cooldown_frac=0.0).lr_scale(1.0) == 1.0
+
+
+@given(warmup=percents, cooldown=percents, progress=st.floats(0, 1))
+def test_momentum_rises_stays_and_falls(warmup, cooldown, progress):
+    if warmup + cooldown > 100:
+        warmup, cooldown = 100 - warmup, 100 - cooldown
+    optim = Optim(momentum_warmup_frac=warmup / 100, momentum_cooldown_frac=cooldown / 100)
+    corners = [(0.0, 0.85)] * (warmup > 0) + [(warmup / 100, 0.95), (1 - cooldown / 100, 0.95)]
+    corners += [(1.0, 0.85)] * (cooldown > 0)
+    np.testing.assert_allclose(optim.momentum(progress), np.interp(progress, *zip(*corners, strict=True)), atol=1e-12)
+
+
+@given(values=st.lists(st.floats(0.1, 1), max_size=5).map(tuple), progress=st.floats(0, 1))
+def test_stages_share_the_run_equally(values, progress):
+    expected = [v for i, v in enumerate(values) if i <= progress * len(values)][-1:] or [1.0]
+    assert stage(values, progress) == expected[0]
