@@ -9,17 +9,28 @@ segments tile the tokens of a shard, in order, without gap or overlap:
 
 so the very last token of a shard, which has no target, belongs to no segment, and
 sum(length) = sum over shards of (num_tokens - 1). A document cut by a shard's end is two segments.
+
+A scan reads every token. For large corpora its result is kept beside the shards (or in ~/.cache) as a file of lengths:
+segments tile, so their lengths say everything. The file names the shards it was made from and carries its own hash; if
+anything differs it is made again.
 """
 
 import hashlib
+import json
+import os
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from data.cli import InputError
-from data.shards import Corpus, check_vocab, fingerprint, read_shard
+from data.files import atomic_path, digest
+from data.shards import HEADER_BYTES, Corpus, check_vocab, fingerprint, read_shard
 
 UNITS = ("document", "window")
+CACHE_VERSION = 1
+CACHED_FROM_BYTES = 32 << 20  # smaller corpora are scanned as fast as a cache is read
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,10 @@ class Segments:
 
     def digest(self) -> str:
         """Hex SHA-256 of the table: equal digests mean that segment ids mean the same texts."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:  # half a second for 10M segments, and asked for more than once
         sha = hashlib.sha256("".join(self.fingerprints).encode())
         for column, dtype in ((self.shard_N, "<i4"), (self.start_N, "<i8"), (self.length_N, "<i4")):
             sha.update(np.ascontiguousarray(column, dtype=dtype).data)
@@ -83,6 +98,26 @@ def corpus_segments(corpus: Corpus, max_len: int, unit: str = "document") -> Seg
 
     Raises InputError if the corpus has no prediction at all.
     """
+    if sum(path.stat().st_size for path in corpus.paths) < CACHED_FROM_BYTES:
+        return scan_segments(corpus, max_len, unit)
+    key = cache_key(corpus, max_len, unit)
+    places = cache_paths(corpus, max_len, unit)
+    for path in places:
+        if (found := read_cache(path, key)) is not None:
+            return found
+    segments = scan_segments(corpus, max_len, unit)
+    if cache_key(corpus, max_len, unit) == key:  # else a shard was written meanwhile
+        for path in places:
+            try:
+                write_cache(path, key, segments)
+                break
+            except OSError:  # not writable, or full: the next place, or none
+                continue
+    return segments
+
+
+def scan_segments(corpus: Corpus, max_len: int, unit: str = "document") -> Segments:
+    """`corpus_segments`, from the tokens themselves."""
     tables = []
     for path in corpus.paths:
         tokens = read_shard(path)
@@ -97,6 +132,69 @@ def corpus_segments(corpus: Corpus, max_len: int, unit: str = "document") -> Seg
         np.concatenate([length for _, length in tables]),
         tuple(fingerprint(path) for path in corpus.paths),
     )
+
+
+def cache_key(corpus: Corpus, max_len: int, unit: str) -> dict:
+    """Everything a table of segments depends on; of a shard its size, time of change and a sample of its content."""
+    shards = []
+    for path in corpus.paths:
+        about = path.stat()
+        shards.append([path.name, about.st_size, about.st_mtime_ns, fingerprint(path)])
+    return dict(
+        version=CACHE_VERSION,
+        max_len=max_len,
+        unit=unit,
+        bos_id=corpus.bos_id,
+        vocab_size=corpus.vocab_size,
+        shards=shards,
+    )
+
+
+def cache_paths(corpus: Corpus, max_len: int, unit: str) -> list[Path]:
+    """Where the cache may lie, best place first. Named by the shards' names: new content takes the old one's place."""
+    names = [path.name for path in corpus.paths]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "entropy-curriculum"
+    name = f"{unit}-{max_len}-{digest(names)}.lengths"
+    return [corpus.folder / f".segments-{name}", home / f"segments-{digest(str(corpus.folder.resolve()))}-{name}"]
+
+
+def write_cache(path: Path, key: dict, segments: Segments) -> None:
+    """A hash of the rest, one line of JSON, and the lengths (int32). Whoever writes last wins: all write the same."""
+    counts = np.bincount(segments.shard_N, minlength=len(key["shards"])).tolist()
+    about = json.dumps(dict(key=key, counts=counts, digest=segments.digest())).encode() + b"\n"
+    lengths = np.ascontiguousarray(segments.length_N, "<i4").data
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(checksum(about, lengths) + b"\n" + about)
+        file.write(lengths)
+
+
+def read_cache(path: Path, key: dict) -> Segments | None:
+    """The table kept at `path`; None if there is none, it is damaged, or it was made of anything else than `key`."""
+    try:
+        with open(path, "rb") as file:
+            found, about = file.readline(200).strip(), file.readline()
+            length_N = np.fromfile(file, "<i4")
+    except OSError:
+        return None
+    if found != checksum(about, length_N.data) or (told := json.loads(about))["key"] != key:
+        return None
+    counts = np.array(told["counts"])
+    start_N = np.cumsum(length_N, dtype=np.int64) - length_N
+    # The first segment of a shard begins at 0: take off what the shards before it hold.
+    held = [0] + [(size - HEADER_BYTES) // 2 - 1 for _, size, _, _ in key["shards"]]
+    start_N -= np.repeat(np.cumsum(held[:-1]), counts)
+    shard_N = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    segments = Segments(shard_N, start_N, length_N, tuple(shard[-1] for shard in key["shards"]))
+    segments.__dict__["_digest"] = told["digest"]  # covered by the hash just checked
+    return segments
+
+
+def checksum(*parts) -> bytes:
+    """Guards against damage: BLAKE2, twice as fast as SHA-256 where that has no instructions of its own."""
+    sha = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        sha.update(part)
+    return sha.hexdigest().encode()
 
 
 def packed_rows(length_N: np.ndarray, row_tokens: int) -> np.ndarray:

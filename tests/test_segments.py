@@ -1,5 +1,7 @@
 """Segments tile the tokens of a shard, stay inside documents, and are what a slow loop over the tokens finds."""
 
+import multiprocessing
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import segments as module
 from data.cli import InputError
-from data.segments import UNITS, corpus_segments, find_segments, packed_rows
+from data.segments import UNITS, corpus_segments, find_segments, packed_rows, scan_segments
 from data.shards import open_corpus, read_shard, write_shard
 
 BOS = 0  # one token in four: documents of no text, runs of BOS, BOS at either end
@@ -137,6 +140,149 @@ def test_tokens_of_another_tokenizer_are_refused(make_tiny_corpus, tmp_path):
     write_shard(folder / "tiny_train_000002.bin", np.array([256, 257]))
     with pytest.raises(InputError, match=r"tiny_train_000002\.bin: token id 257, but the vocabulary has 257 ids"):
         corpus_segments(open_corpus(folder), 64)
+
+
+# -- The cache
+
+
+@pytest.fixture
+def own(make_tiny_corpus, tmp_path, monkeypatch):
+    """A corpus of this test's own, small but cached, and with a home of its own."""
+    monkeypatch.setattr(module, "CACHED_FROM_BYTES", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return open_corpus(make_tiny_corpus(tmp_path / "corpus", num_shards=3))
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """What was scanned, call by call."""
+    calls = []
+    monkeypatch.setattr(module, "scan_segments", lambda *args: calls.append(args) or scan_segments(*args))
+    return calls
+
+
+def caches(corpus) -> list:
+    return sorted(corpus.folder.glob(".segments-*"))
+
+
+def equal(a, b) -> bool:
+    columns = ("shard_N", "start_N", "length_N")
+    same = all(np.array_equal(getattr(a, x), getattr(b, x)) for x in columns)
+    kinds = all(getattr(a, x).dtype == getattr(b, x).dtype for x in columns)
+    return same and kinds and a.fingerprints == b.fingerprints and a.digest() == b.digest()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("max_len", [1, 7, 64, 10_000])
+def test_what_the_cache_gives_back_is_what_a_scan_finds(own, scans, max_len, unit):
+    made, found, fresh = (f(own, max_len, unit) for f in (corpus_segments, corpus_segments, scan_segments))
+    assert len(scans) == 1 and equal(made, fresh) and equal(found, fresh)
+    # Its digest is known without looking at the columns; theirs is the same.
+    assert replace(found).digest() == found.digest() == replace(fresh).digest()
+
+
+def test_every_way_of_cutting_has_a_cache_of_its_own(own, scans):
+    ways = [(64, "document"), (63, "document"), (64, "window")]
+    for max_len, unit in ways * 2:
+        assert equal(corpus_segments(own, max_len, unit), scan_segments(own, max_len, unit))
+    assert len(scans) == len(caches(own)) == 3
+    some = replace(own, paths=own.paths[1:])
+    assert equal(corpus_segments(some, 64), scan_segments(some, 64)) and len(scans) == 4
+
+
+def test_a_shard_of_one_token_has_a_place_in_the_cache(tmp_path, own, scans):
+    write_shard(own.folder / "tiny_train_000001.bin", np.array([256]))
+    assert equal(corpus_segments(own, 64), corpus_segments(own, 64)) and len(scans) == 1
+    assert equal(corpus_segments(own, 64), scan_segments(own, 64))
+
+
+def swap_two_tokens(path) -> None:
+    tokens = np.array(read_shard(path))
+    at = np.flatnonzero(tokens == 256)[-1]
+    tokens[[at, at - 1]] = tokens[[at - 1, at]]
+    write_shard(path, tokens)
+
+
+def test_a_shard_written_again_is_scanned_again(own, scans):
+    before = corpus_segments(own, 64)
+    swap_two_tokens(own.paths[1])
+    after = corpus_segments(own, 64)
+    assert len(scans) == 2 and equal(after, scan_segments(own, 64)) and after.digest() != before.digest()
+    assert equal(corpus_segments(own, 64), after) and len(scans) == 2 and len(caches(own)) == 1
+
+
+def test_new_content_is_noticed_under_the_old_time_and_a_new_time_under_the_old_content(own, scans):
+    corpus_segments(own, 64)
+    about = own.paths[1].stat()
+    swap_two_tokens(own.paths[1])
+    os.utime(own.paths[1], ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert equal(corpus_segments(own, 64), scan_segments(own, 64)) and len(scans) == 2
+    os.utime(own.paths[1], ns=(0, 1))
+    assert equal(corpus_segments(own, 64), scan_segments(own, 64)) and len(scans) == 3
+
+
+def test_another_bos_or_vocabulary_is_another_key(own, scans):
+    corpus_segments(own, 64)
+    assert equal(corpus_segments(replace(own, bos_id=ord("e")), 64), scan_segments(replace(own, bos_id=ord("e")), 64))
+    with pytest.raises(InputError, match="token id 256, but the vocabulary has 200 ids"):
+        corpus_segments(replace(own, vocab_size=200), 64)
+
+
+@given(st.data())
+def test_a_damaged_cache_is_made_again(tmp_path_factory, make_tiny_corpus, data):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    corpus = open_corpus(folder if folder.exists() else make_tiny_corpus(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CACHED_FROM_BYTES", 0)
+        fresh = corpus_segments(corpus, 64)
+        [path] = caches(corpus)
+        whole = path.read_bytes()
+        at = data.draw(st.integers(0, len(whole) - 1))
+        cut, flipped = whole[:at], whole[:at] + bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+        path.write_bytes(data.draw(st.sampled_from([cut, flipped, b"", b"0\n{}\n1234"])))
+        assert equal(corpus_segments(corpus, 64), fresh) and path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_cached_at_home(own, scans, tmp_path, monkeypatch):
+    def refuse(path):
+        if path.parent == own.folder:
+            raise PermissionError(13, "Permission denied")
+        return written(path)
+
+    written = module.atomic_path
+    monkeypatch.setattr(module, "atomic_path", refuse)
+    assert equal(corpus_segments(own, 64), corpus_segments(own, 64)) and len(scans) == 1
+    assert not caches(own) and len(list((tmp_path / "cache").rglob("*.lengths"))) == 1
+    monkeypatch.setattr(module, "write_cache", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert equal(corpus_segments(own, 32), scan_segments(own, 32))
+
+
+def test_a_shard_written_during_the_scan_is_not_cached(own, monkeypatch):
+    def scan(*args):
+        table = scan_segments(*args)
+        swap_two_tokens(own.paths[1])
+        return table
+
+    monkeypatch.setattr(module, "scan_segments", scan)
+    corpus_segments(own, 64)
+    assert not caches(own)
+
+
+def digest_of(corpus) -> str:
+    return corpus_segments(corpus, 64).digest()
+
+
+def test_many_processes_may_start_at_once(own):
+    with multiprocessing.get_context("fork").Pool(6) as pool:
+        digests = set(pool.map(digest_of, [own] * 60, chunksize=1))
+    assert digests == {scan_segments(own, 64).digest()} and len(list(own.folder.glob(".*"))) == 1
+
+
+def test_small_corpora_leave_nothing_behind(make_tiny_corpus, tmp_path):
+    corpus = open_corpus(make_tiny_corpus(tmp_path / "corpus"))
+    before = sorted(corpus.folder.iterdir())
+    corpus_segments(corpus, 64)
+    assert sorted(corpus.folder.iterdir()) == before
 
 
 # -- Rows of whole segments
