@@ -15,11 +15,14 @@ To add a measure: compute its column in `model_measures` or `text_measures`, add
 """
 
 import ast
+import functools
+import inspect
 import operator
 from collections.abc import Mapping
 
 import numpy as np
 
+from curriculum.expressions import literal, read_expression
 from data.cli import InputError
 
 TEXT_MEASURES = ("length", "zstd_ratio", "unigram_nll", "type_token_ratio")
@@ -112,6 +115,44 @@ def unigram_nll(count_V: np.ndarray) -> np.ndarray:
     return np.log(count_V.sum() + len(count_V)) - np.log(count_V + 1.0)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Expressions over columns
+
+
+def clip(x, lo, hi):
+    if np.any(np.asarray(lo) > hi):
+        raise InputError("measure: clip(x, lo, hi) has a lo above its hi: expected lo <= hi")
+    return np.clip(x, lo, hi)
+
+
+# The next three see all segments, each counting once whatever its length; `fit` is the rows they are fitted on.
+
+
+def z(x, *, fit: slice):
+    return (x - x[fit].mean()) / x[fit].std()
+
+
+def rank(x, *, fit: slice):
+    by_value = np.argsort(x)
+    sorted_x, fitted = x[by_value], np.sort(x[fit])  # looked up in sorted order: that stays in cache
+    below, up_to = (np.searchsorted(fitted, sorted_x, side) for side in ("left", "right"))
+    ranks = np.empty(len(x))
+    ranks[by_value] = (below + up_to) / (2 * len(fitted))
+    return ranks
+
+
+def resid(y, x, *more, fit: slice):
+    def centred(values):
+        return values - values[fit].mean()
+
+    def scaled(values):  # units must not decide which singular values count as zero; a constant column explains nothing
+        spread = values[fit].std()
+        return centred(values) / spread if spread > 1e-12 * np.abs(values).max() else np.zeros(len(values))
+
+    by_NK = np.stack([scaled(values) for values in (x, *more)], axis=1)
+    return centred(y) - by_NK @ np.linalg.lstsq(by_NK[fit], centred(y)[fit])[0]
+
+
 OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -121,51 +162,96 @@ OPERATORS = {
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
 }
-FUNCTIONS = {"log": np.log, "sqrt": np.sqrt, "abs": np.abs}
+FUNCTIONS = {
+    "log": lambda x: np.log(x),
+    "sqrt": lambda x: np.sqrt(x),
+    "abs": lambda x: np.abs(x),
+    "min": lambda x, y, *more: functools.reduce(np.minimum, (x, y, *more)),
+    "max": lambda x, y, *more: functools.reduce(np.maximum, (x, y, *more)),
+    "clip": clip,
+    "z": z,
+    "rank": rank,
+    "resid": resid,
+}
 
 
-def evaluate(expression: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+def evaluate(
+    expression: str, columns: Mapping[str, np.ndarray], basis: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
     """A column or an arithmetic expression over columns (`nll - entropy`), float64 (N,). Parsed, never executed.
+
+    Known are numbers, + - * / **, and
+
+        log(x), sqrt(x), abs(x), min(x, y, ...), max(x, y, ...), clip(x, lo, hi)
+        z(x)               (x - mean) / standard deviation
+        rank(x)            share of segments below x, half of those level with it counted: strictly between 0 and 1
+        resid(y, x, ...)   what the least-squares fit of y by x, ... and a constant leaves, as in
+                           resid(entropy, log(length))
+
+    The last three look at all segments alike, short or long. With a `basis` they are fitted on its segments, not on
+    those of `columns`: what is validated is measured as the training segments were, or bins would mean two things.
 
     >>> evaluate("nll - 2 * entropy", {"nll": np.array([3.0]), "entropy": np.array([1.0])})
     array([1.])
+    >>> evaluate("rank(nll)", {"nll": np.array([7.0, 2.0, 7.0, 9.0])})
+    array([0.5  , 0.125, 0.5  , 0.875])
+    >>> evaluate("z(nll)", {"nll": np.array([7.0])}, basis={"nll": np.array([1.0, 3.0])})
+    array([5.])
 
-    Raises InputError on anything but names, numbers, + - * / **, log, sqrt, abs; on an unknown column (listing the
-    known ones); and if any segment's value is NaN or infinite: a segment that cannot be sorted is never placed.
+    Raises InputError on anything else; on an unknown column (listing the known ones); and if a segment's value is NaN
+    or infinite, at the end or within z, rank, resid: a segment that cannot be sorted is never placed.
     """
-    if len(expression) > 1000:
-        raise InputError(f"measure {expression[:40]!r}...: {len(expression)} characters long; expected at most 1000")
-    try:
-        tree = ast.parse(expression, mode="eval").body
-    except SyntaxError:
-        raise InputError(f"measure {expression!r} is not an expression; write e.g. entropy or nll - entropy") from None
+    tree = read_expression(expression, "measure", "entropy or nll - entropy")
+    tables = [columns] if basis is None else [basis, columns]
+    num_basis = 0 if basis is None else len(next(iter(basis.values())))
+    fit = slice(num_basis or None)
 
     def value(node):
         match node:
             case ast.Name(id=name):
-                if name not in columns:
-                    raise InputError(f"measure {expression!r}: no column {name!r}; there are {', '.join(columns)}")
-                return np.asarray(columns[name], dtype=np.float64)
-            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool) and number < 1e300:
+                for table in tables:
+                    if name not in table:
+                        raise InputError(f"measure {expression!r}: no column {name!r}; there are {', '.join(table)}")
+                return np.concatenate([table[name] for table in tables], dtype=np.float64)
+            case ast.Constant() if (number := literal(node)) is not None and number < 1e300:
                 return np.float64(number)  # a Python float would raise on 1 / 0 and turn complex on (-1) ** 0.5
             case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](value(left), value(right))
             case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
                 return OPERATORS[type(op)](value(operand))
-            case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
-                return FUNCTIONS[name](value(argument))
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in FUNCTIONS:
+                return call(name, arguments)
         raise InputError(
             f"measure {expression!r}: {ast.unparse(node)!r} is not a column, a number, + - * / ** "
             f"or one of {', '.join(FUNCTIONS)}"
         )
 
+    def call(name, arguments):
+        parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
+        signature = inspect.Signature([p for p in parameters if p.kind is not p.KEYWORD_ONLY])
+        try:
+            signature.bind(*arguments)
+        except TypeError as error:
+            raise InputError(f"measure {expression!r}: {name}: {error}; it is {name}{signature}") from None
+        values = [value(argument) for argument in arguments]
+        if len(parameters) == len(signature.parameters):
+            return FUNCTIONS[name](*values)
+        for argument, found in zip(arguments, values, strict=True):
+            check_sortable(found, ast.unparse(argument))
+        return FUNCTIONS[name](*values, fit=fit)
+
+    def check_sortable(found, part):
+        where = f"measure {expression!r}" + (f": {part!r}" if part != expression else "")
+        if np.ndim(found) == 0:
+            raise InputError(f"{where} names no column: every segment would get the same value")
+        if len(bad := np.flatnonzero(~np.isfinite(found))):
+            at = int(bad[0]) - (num_basis if bad[0] >= num_basis else 0)
+            raise InputError(
+                f"{where} is NaN or infinite for {len(bad)} of {len(found)} segments "
+                f"(the first is segment {at}); sort by another measure"
+            )
+
     with np.errstate(all="ignore"):
         result = value(tree)
-    if np.ndim(result) == 0:
-        raise InputError(f"measure {expression!r} names no column: every segment would get the same value")
-    if bad := int(np.count_nonzero(~np.isfinite(result))):
-        raise InputError(
-            f"measure {expression!r} is NaN or infinite for {bad} of {len(result)} segments "
-            f"(the first is segment {int(np.flatnonzero(~np.isfinite(result))[0])}); sort by another measure"
-        )
-    return result
+    check_sortable(result, expression)
+    return result[num_basis:]

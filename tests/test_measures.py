@@ -147,12 +147,22 @@ A, B = np.array([1.0, 4.0, 0.25], np.float32), np.array([2, 3, 5], np.int32)
         ("log(a) - sqrt(b)", np.log(A) - np.sqrt(B)),
         ("abs(+a - b) * 1e-3", np.abs(A - B) * 1e-3),
         ("2 ** a", 2**A),
+        ("min(a, b, 0.5)", [0.5, 0.5, 0.25]),
+        ("max(a, 2 * b)", [4, 6, 10]),
+        ("clip(a, 0.5, b)", [1, 3, 0.5]),
+        ("clip(log(max(a - 1, 0)), -9, 9)", [-9, np.log(3), -9]),
+        ("z(b)", (B - 10 / 3) / np.sqrt(14 / 9)),
+        ("0.5 * z(b) + 0.5 * z(-b)", [0, 0, 0]),
+        ("rank(a)", [3 / 6, 5 / 6, 1 / 6]),
+        ("rank(min(a, 1))", [4 / 6, 4 / 6, 1 / 6]),
+        ("resid(b, b)", [0, 0, 0]),
+        ("resid(a, 0 * b + 1)", A - 1.75),
     ],
 )
 def test_an_expression_is_arithmetic_over_columns(expression, expected):
     found = evaluate(expression, {"a": A, "b": B})
     assert found.dtype == np.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
 
 
 def test_expressions_are_reckoned_in_double_precision():
@@ -175,7 +185,17 @@ def test_expressions_are_reckoned_in_double_precision():
         ("True * a", "'True' is not a column, a number"),
         ("'a'", "\"'a'\" is not a column, a number"),
         ("exp(a)", r"'exp\(a\)' is not .* or one of log, sqrt, abs"),
-        ("log(a, b)", r"'log\(a, b\)' is not"),
+        ("log(a, b)", r"log: too many positional arguments; it is log\(x\)$"),
+        ("clip(a, 1)", r"clip: missing a required argument: 'hi'; it is clip\(x, lo, hi\)$"),
+        ("min(a)", r"min: missing a required argument: 'y'; it is min\(x, y, \*more\)$"),
+        ("resid(a)", r"resid: missing a required argument: 'x'; it is resid\(y, x, \*more\)$"),
+        ("z(a, fit=b)", r"'z\(a, fit=b\)' is not"),
+        ("z(*a)", r"'\*a' is not"),
+        ("z(3) + a", "'3' names no column"),
+        ("clip(a, 2, 1)", r"clip\(x, lo, hi\) has a lo above its hi: expected lo <= hi"),
+        ("-" * 300 + "a", "is nested 302 levels deep; expected at most 200"),
+        ("a" + "-a" * 600, "1201 characters long; expected at most 1000"),
+        ("a\0", "is not an expression"),
         ("a.T", r"'a\.T' is not"),
         ("a[0]", r"'a\[0\]' is not"),
         ("a if b else a", "'a if b else a' is not"),
@@ -205,12 +225,79 @@ def test_nothing_is_executed(expression, tmp_path, monkeypatch):
         ("log(b)", "is NaN or infinite for 2 of 4 segments .the first is segment 2"),
         ("sqrt(b)", "is NaN or infinite for 1 of 4 segments .the first is segment 3"),
         ("b / 0", "is NaN or infinite for 4 of 4"),
+        ("z(a)", "'a' is NaN or infinite for 2 of 4 segments .the first is segment 1"),
+        ("b + rank(log(b))", r"'log\(b\)' is NaN or infinite for 2 of 4 segments .the first is segment 2"),
+        ("resid(b, 1 / b)", "'1 / b' is NaN or infinite for 1 of 4 segments .the first is segment 2"),
     ],
 )
 def test_a_segment_that_cannot_be_sorted_is_never_placed(expression, sentence):
     columns = {"a": np.array([1.0, np.nan, 2.0, np.inf]), "b": np.array([1.0, 2.0, 0.0, -1.0])}
     with pytest.raises(InputError, match=sentence):
         evaluate(expression, columns)
+
+
+# -- Functions of all segments
+
+
+def drawn(seed: int, num_segments: int) -> dict[str, np.ndarray]:
+    """Three columns with ties, of very different scales, depending on each other."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, 30, num_segments)
+    entropy = np.round(3 - 0.4 * np.log(length) + rng.normal(size=num_segments), 1).astype(np.float32)
+    return {"length": length, "entropy": entropy, "nll": (1e4 * entropy + rng.normal(size=num_segments))}
+
+
+@given(num_segments=st.integers(2, 60), seed=st.integers(0, 10**6))
+def test_ranks_are_those_of_scipy_with_ties_averaged(num_segments, seed):
+    columns = drawn(seed, num_segments)
+    found = evaluate("rank(entropy)", columns)
+    np.testing.assert_allclose(found, (stats.rankdata(columns["entropy"]) - 0.5) / num_segments)
+    assert 0 < found.min() and found.max() < 1
+
+
+@given(num_segments=st.integers(2, 60), seed=st.integers(0, 10**6))
+def test_z_has_mean_0_and_spread_1(num_segments, seed):
+    found = evaluate("z(nll)", drawn(seed, num_segments))
+    assert found.mean() == pytest.approx(0, abs=1e-9) and found.std() == pytest.approx(1)
+
+
+@given(num_segments=st.integers(10, 60), seed=st.integers(0, 10**6))
+def test_a_residual_is_independent_of_what_was_fitted_and_of_its_units(num_segments, seed):
+    columns = drawn(seed, num_segments)
+    found = evaluate("resid(nll, log(length), length)", columns)
+    assert found.mean() == pytest.approx(0, abs=1e-6)
+    for regressor in (np.log(columns["length"]), columns["length"]):
+        assert abs(found @ (regressor - regressor.mean())) < 1e-8 * np.abs(columns["nll"]).max() * num_segments * 30
+    # The normal equations, intercept included, solved by themselves.
+    design_NK = np.column_stack([np.ones(num_segments), np.log(columns["length"]), columns["length"]])
+    fitted, *_ = np.linalg.lstsq(design_NK, columns["nll"])
+    np.testing.assert_allclose(found, columns["nll"] - design_NK @ fitted, atol=1e-5)
+    other = evaluate("resid(nll, 1e9 * log(length) - 7, 1e-9 * length)", columns)
+    np.testing.assert_allclose(other, found, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "expression", ["z(entropy)", "rank(nll) - z(length)", "resid(entropy, log(length))", "entropy + 1"]
+)
+def test_validation_is_measured_as_training_was(expression):
+    """Or a bin would mean two things: fitted on the basis, equal segments get equal values in both."""
+    train, val = drawn(0, 80), drawn(1, 30)
+    train_N = evaluate(expression, train)
+    again = {name: column[:9] for name, column in train.items()}
+    np.testing.assert_allclose(evaluate(expression, again, basis=train), train_N[:9], atol=1e-9)
+    val_V = evaluate(expression, val, basis=train)
+    assert len(val_V) == 30
+    if expression != "entropy + 1":
+        assert np.abs(val_V - evaluate(expression, val)).max() > 1e-3
+    one_by_one = [evaluate(expression, {n: c[i : i + 1] for n, c in val.items()}, train)[0] for i in range(30)]
+    np.testing.assert_allclose(one_by_one, val_V, atol=1e-9)
+
+
+def test_the_basis_must_have_the_columns_too():
+    with pytest.raises(InputError, match="no column 'b'; there are a$"):
+        evaluate("a - b", {"a": A, "b": B}, basis={"a": A})
+    with pytest.raises(InputError, match="infinite for 1 of 6 segments .the first is segment 2"):
+        evaluate("a / b", {"a": A, "b": np.array([1, 1, 0])}, basis={"a": A, "b": B})
 
 
 @pytest.mark.parametrize("expression", ["a + 1 / 0", "a * 9 ** 999", "a * (-1) ** 0.5"])
