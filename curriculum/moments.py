@@ -17,23 +17,29 @@ Precision: shifting by the maximum is enough in fp32 (unshifted second moments l
 but logits rounded to bf16 before the reduction are not (H off by up to 0.35): the product is accumulated and kept
 in fp32, whatever the type of its operands.
 
-Three backends give the same numbers to rounding error:
+Four backends give the same numbers to rounding error:
 
     eager      BLAS products, and plain torch operations on pieces that stay in a core's cache
     compiled   the same products; torch.compile fuses the reduction: 2 passes over the logits instead of 9
+    native     the same products; the reduction is moments.c, which fetches the logits once (CPU, needs a C compiler)
     triton     product and reduction in one CUDA kernel: logits never leave the chip (`curriculum.moments_triton`)
 """
 
+import ctypes
+import platform
+import subprocess
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# 2,048 x 2,048 fp32 logits are 16 MiB: they stay in a CPU's last-level cache between product and reduction, and both
-# sides are wide enough for BLAS to reach 97 % of its speed on the whole matrix (1,024 columns: 90 %).
+# 4,096 x 2,048 fp32 logits are 32 MiB: they mostly stay in a CPU's last-level cache between product and reduction, and
+# both sides are wide enough for BLAS to reach 98 % of its speed on the whole matrix (2,048 rows: 97 %, 1,024: 95 %).
 # A GPU hides no launches behind so small a product.
-TILE = {"cpu": (2048, 2048), "cuda": (8192, 8192)}  # rows, columns
+TILE = {"cpu": (4096, 2048), "cuda": (8192, 8192)}  # rows, columns
 # Logits that are reduced at once: 2 MiB, and 2 MiB of e^y beside them, are two cores' L2; 32 MiB fit a GPU's.
 PIECE = {"cpu": 1 << 19, "cuda": 1 << 23}
 LEAST = -1e4  # exp(-1e4) is exactly 0 in fp32, and 0 * (-1e4)^2 is 0 where 0 * inf would be NaN
@@ -43,7 +49,8 @@ LOWEST = torch.finfo(torch.float32).min
 # alone, never of what was called before: scores must not depend on where a killed scorer was started again.
 COMPILE_FROM = 1 << 36
 
-BACKENDS = ("auto", "eager", "compiled", "triton")
+BACKENDS = ("auto", "eager", "compiled", "native", "triton")
+LANES = 32  # of moments.c, which takes whole ones
 _cannot_compile: set[str] = set()  # device types on which it was tried and failed
 
 
@@ -102,34 +109,48 @@ def token_moments(
         return _merge(*sums_5KN[:4], target_logit_N=sums_5KN[4].sum(0))
     likely_rows, likely_columns = TILE["cuda" if hidden_ND.is_cuda else "cpu"]
     tile = (rows or likely_rows, min(columns or likely_columns, vocab_size))
-    reduce = (_Compiled if backend == "compiled" else _Eager)(cap, cap_kind)
+    reduce = {"eager": _Eager, "compiled": _Compiled, "native": _Native}[backend](cap, cap_kind)
+    num_rows, columns = min(tile[0], len(hidden_ND)), tile[1]
+    piece = num_rows if reduce.whole else min(max(PIECE["cuda" if hidden_ND.is_cuda else "cpu"] // columns, 1), tile[0])
+    # Allocated once for all row blocks: fresh memory costs a CPU 1 % of the time in page faults.
+    buffer_NC = hidden_ND.new_zeros(_up(num_rows, piece), _up(columns, LANES), dtype=torch.float32)[:, :columns]
+    scratch_PC = None if reduce.whole else buffer_NC.new_empty(piece, columns)
     parts = [
-        _row_block(hidden, head_VD, target, bias_V, tile, reduce)
-        for hidden, target in zip(hidden_ND.split(tile[0]), target_N.split(tile[0]), strict=True)
+        _row_block(hidden, head_VD, target, bias_V, buffer_NC, scratch_PC, reduce)
+        for hidden, target in zip(hidden_ND.split(num_rows), target_N.split(num_rows), strict=True)
     ]
     return Moments(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def auto_backend(hidden_ND: Tensor, head_VD: Tensor) -> str:
-    """Compiled on CUDA where there is enough to do, else eager.
+    """Native on a CPU that has a C compiler, compiled on CUDA where there is enough to do, else eager.
 
-    On a CPU both reach 0.82 of the bare product's speed (V = 50,304, D = 768, two AVX-512 cores), and eager compiles
-    nothing. Triton waits for a GPU to show that it is faster than compiled.
+    Of the bare product's speed on two AVX-512 cores (V = 50,304, D = 768) native reaches 0.92, eager and compiled 0.8
+    (LOG.md, 2026-11-21). Triton waits for a GPU to show that it is faster than compiled.
     """
-    enough = hidden_ND.shape[0] * head_VD.numel() >= COMPILE_FROM
-    kind = hidden_ND.device.type
-    return "compiled" if enough and kind == "cuda" and kind not in _cannot_compile else "eager"
+    backend = device_backend(hidden_ND.device.type)
+    return "eager" if backend == "compiled" and hidden_ND.shape[0] * head_VD.numel() < COMPILE_FROM else backend
 
 
-def _row_block(hidden_ND, head_VD, target_N, bias_V, tile: tuple[int, int], reduce) -> Moments:
-    """Moments of at most tile[0] rows."""
-    num_rows, (vocab_size, columns) = len(hidden_ND), (len(head_VD), tile[1])
+def device_backend(device_type: str) -> str:
+    """What "auto" means for large jobs on a type of device; part of the provenance of a score table."""
+    if device_type == "cpu":
+        return "native" if _library() else "eager"
+    return "compiled" if device_type not in _cannot_compile else "eager"
+
+
+def _up(size: int, step: int) -> int:
+    """The least multiple of `step` that holds `size`."""
+    return -(-size // step) * step
+
+
+def _row_block(hidden_ND, head_VD, target_N, bias_V, buffer_NC, scratch_PC, reduce) -> Moments:
+    """Moments of at most as many rows as the buffer has."""
+    num_rows, (vocab_size, columns) = len(hidden_ND), (len(head_VD), buffer_NC.shape[1])
+    piece = num_rows if reduce.whole else len(scratch_PC)
+    buffer_NC = buffer_NC[: _up(num_rows, piece)]  # whole pieces; what the padding's rows give is dropped
     lows = range(0, vocab_size, columns)
-    piece = min(max(PIECE["cuda" if hidden_ND.is_cuda else "cpu"] // columns, 1), tile[0])
-    padded_rows = -(-num_rows // piece) * piece  # whole pieces; what the padding's rows give is dropped
-    buffer_NC = hidden_ND.new_zeros(padded_rows, columns, dtype=torch.float32)
-    sums_4KN = buffer_NC.new_empty(4, len(lows), padded_rows)
-    scratch_PC = buffer_NC.new_empty(piece, columns)
+    sums_4KN = buffer_NC.new_empty(4, len(lows), len(buffer_NC))
     target_logit_N = buffer_NC.new_zeros(num_rows)
     for k, low in enumerate(lows):
         width = min(columns, vocab_size - low)
@@ -138,7 +159,7 @@ def _row_block(hidden_ND, head_VD, target_N, bias_V, tile: tuple[int, int], redu
         picked_N = logits_NC[:num_rows].gather(1, column_N.clamp(0, width - 1)[:, None])[:, 0]
         target_logit_N = torch.where((column_N >= 0) & (column_N < width), picked_N, target_logit_N)
         bias_C = None if bias_V is None else bias_V[low : low + width]
-        for at in range(0, padded_rows, piece):
+        for at in range(0, len(buffer_NC), piece):
             reduce(logits_NC[at : at + piece, :width], bias_C, scratch_PC, sums_4KN[:, k, at : at + piece])
     if bias_V is not None:
         target_logit_N += bias_V[target_N]
@@ -181,6 +202,8 @@ def _merge(max_KN, s_KN, a_KN, b_KN, *, target_logit_N: Tensor) -> Moments:
 class _Eager:
     """Reduces a piece of logits in place: each operation finds its operand in the cache."""
 
+    whole = False  # takes all rows of a tile at once, and no scratch
+
     def __init__(self, cap: float, cap_kind: str):
         self.cap, self.cap_kind = cap, cap_kind
 
@@ -200,6 +223,47 @@ class _Eager:
         torch.sum(e_PC, 1, out=s_P)
         torch.sum(e_PC.mul_(y_PC), 1, out=a_P)
         torch.sum(e_PC.mul_(y_PC), 1, out=b_P)
+
+
+class _Native(_Eager):
+    """Reduces a tile by moments.c; what comes before it (bias, softcap) are torch's operations."""
+
+    whole = True
+
+    def __call__(self, y_PC: Tensor, bias_C: Tensor | None, scratch_PC: None, out_4P: Tensor) -> None:
+        if bias_C is not None:
+            y_PC += bias_C
+        if self.cap:
+            y_PC.copy_(CAPS[self.cap_kind](y_PC, self.cap))
+        (num_rows, width), stride = y_PC.shape, y_PC.stride(0)
+        lanes = -(-width // LANES) * LANES
+        assert lanes <= stride and y_PC.stride(1) == out_4P.stride(1) == 1
+        y_PC.as_strided((num_rows, lanes - width), (stride, 1), y_PC.storage_offset() + width).fill_(-torch.inf)
+        _library().reduce_rows(y_PC.data_ptr(), num_rows, lanes, stride, out_4P.data_ptr(), out_4P.stride(0))
+
+
+@cache
+def _library():
+    """moments.c compiled for this very processor (0.3 s, once a process), or None where it cannot be."""
+    flags = "-O3 -march=native -ffast-math -fno-associative-math -shared -fPIC".split()
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mprefer-vector-width=512")  # gcc would settle for half of AVX-512's width: 1.6 times slower
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "moments.so"
+        # OpenMP's threads are torch's own: the library is already loaded, and -fopenmp finds it by name.
+        for extra in (["-fopenmp"], []):
+            command = ["cc", *flags, *extra, "-o", built, Path(__file__).with_suffix(".c")]
+            try:
+                subprocess.run(command, check=True, capture_output=True)
+                library = ctypes.CDLL(str(built))
+            except (OSError, subprocess.CalledProcessError):
+                continue
+            pointer, size = ctypes.c_void_p, ctypes.c_int64
+            library.reduce_rows.argtypes = [pointer, size, size, size, pointer, size]
+            library.reduce_rows.restype = None
+            return library
+    print("note: no C compiler (cc) builds curriculum/moments.c here: scoring on this CPU is a seventh slower")
+    return None
 
 
 class _Compiled(_Eager):

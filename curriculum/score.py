@@ -76,7 +76,7 @@ def main(
         unit: what a segment is: document (a piece of one) or window (fixed, ignoring documents).
         device: auto, cpu or cuda.
         dtype: of a transformers reference: auto (bfloat16 on CUDA, float32 on CPU), float32 or bfloat16.
-        row_tokens: tokens in one forward pass; 0 means 65536 on CUDA, 8192 on CPU (never less than max_len).
+        row_tokens: tokens in one forward pass; 0 means 65536 on CUDA, 32768 on CPU (never less than max_len).
         unit_tokens: tokens in one unit of work, what a kill can lose.
         val: score the validation shards of the folder too.
         engine: ranks (this process, or all that torchrun or srun start) or ray (a Ray cluster, or this machine).
@@ -189,9 +189,12 @@ def versions(models: dict) -> dict:
     if models:
         import torch
 
+        from curriculum.moments import device_backend
+
         device = next(iter(models.values())).device
+        moments = device_backend(device.type)
         attention = "varlen_attn" if device.type == "cuda" else "scaled_dot_product_attention"  # train_gpt.attend
-        found |= {"torch": torch.__version__, "device": device.type, "attention": attention, "moments": "auto"}
+        found |= {"torch": torch.__version__, "device": device.type, "attention": attention, "moments": moments}
         if device.type == "cuda":
             found["gpu"] = torch.cuda.get_device_name(device)
     return found
@@ -231,7 +234,7 @@ def open_scorer(job: Job, count_V: np.ndarray, local_rank: int = 0) -> Scorer:
         tokenizer=train.tokenizer,
         unit=job.unit,
         max_len=job.max_len,
-        row_tokens=max(job.row_tokens or (65536 if on_cuda else 8192), job.max_len),
+        row_tokens=max(job.row_tokens or (65536 if on_cuda else 32768), job.max_len),
         unit_tokens=job.unit_tokens,
         unigram=digest(count_V.tolist()),
         **{role: model.about for role, model in models.items()},

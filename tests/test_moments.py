@@ -8,6 +8,7 @@ The Triton kernel runs on CUDA (marker gpu), and without a GPU through Triton's 
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from shutil import which
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ NO_GPU = not torch.cuda.is_available()
 EVERY = [
     "eager",
     "compiled",
+    pytest.param("native", marks=pytest.mark.skipif(which("cc") is None, reason="no C compiler")),
     pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs triton, TRITON_INTERPRET=1")),
     pytest.param("eager-cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA")]),
     pytest.param("compiled-cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU, reason="no CUDA")]),
@@ -171,13 +173,58 @@ def test_a_vocabulary_and_rows_that_fill_no_tile(offset, compute):
         np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-4)
 
 
-def test_small_jobs_are_not_compiled():
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_broken_row_is_nan_and_stays_alone(broken, compute):
+    """A NaN or an infinite logit must never end as a plausible number; -inf is a probability of 0."""
+    rng = np.random.default_rng(6)
+    logits = np.float32(rng.normal(0, 2, (8, 300)))
+    for column in (0, 150, 299):
+        hidden, head = torch.tensor(logits), torch.eye(300)
+        hidden[3, column] = broken  # makes the whole row NaN, as 0 * inf is
+        for ours, exact in zip(
+            compute(hidden, head, torch.arange(8), columns=64), oracle(logits, np.arange(8)), strict=True
+        ):
+            assert torch.isnan(ours).tolist() == [i == 3 for i in range(8)]
+            np.testing.assert_allclose(np.delete(ours.numpy(), 3), np.delete(exact, 3), rtol=1e-4)
+
+
+@pytest.mark.skipif(which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_the_native_reduction_finds_one_bad_logit(value):
+    """One column is enough, in any lane; found among the bits, as -ffast-math knows no NaN. -inf takes no part."""
+    rng = np.random.default_rng(7)
+    for column in range(64):
+        logits = torch.tensor(rng.normal(0, 3, (3, 64)), dtype=torch.float32)
+        logits[1, column] = value
+        out = torch.empty(4, 3)
+        moments._Native(0.0, "rsqrt")(logits, None, None, out)
+        assert out[1:].isfinite().all(0).tolist() == [True, np.isneginf(value), True]
+        y = logits[:, np.arange(64) != column].double()
+        y -= y.amax(1, keepdim=True)
+        rows = [1] if np.isneginf(value) else []
+        torch.testing.assert_close(out[2, rows], (y * y.exp()).sum(1).float()[rows], rtol=1e-5, atol=0)
+
+
+def test_small_jobs_are_not_compiled(monkeypatch):
     def chosen(rows, columns, device="cuda"):
         hidden = SimpleNamespace(shape=(rows, 768), device=torch.device(device))
         return moments.auto_backend(hidden, torch.empty(columns, 768, device="meta"))
 
     assert chosen(2048, 50304) == "compiled"
-    assert chosen(100, 50304) == chosen(2048, 500) == chosen(2048, 50304, "cpu") == "eager"
+    assert chosen(100, 50304) == chosen(2048, 500) == "eager"
+    monkeypatch.setattr(moments, "_library", lambda: None)
+    assert chosen(2048, 50304, "cpu") == "eager"
+
+
+def test_without_a_c_compiler_eager_takes_over(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    moments._library.cache_clear()
+    try:
+        assert moments.device_backend("cpu") == moments.device_backend("cpu") == "eager"
+        check(np.float32(np.random.default_rng(8).normal(0, 3, (5, 70))), np.arange(5))
+        assert capsys.readouterr().out.count("no C compiler") == 1
+    finally:
+        moments._library.cache_clear()
 
 
 def test_where_compiling_is_impossible_eager_takes_over(monkeypatch, capsys):
