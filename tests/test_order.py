@@ -43,6 +43,21 @@ TEXTS = [
     "then(fold(3), random, tau=0.2)",
     "then(increasing(sigma=0), stratified, tau=0.5)",
     "placebo(increasing)",
+    "v(0.3)",
+    "inverted_v",
+    "trend_cycle(0.2, 3)",
+    "copula(0.7)",
+    "then(pacing(2, 0.1), random, tau=0.3)",
+    "mid_out",
+    "outside_in",
+    "tilt(-4, 4)",
+    "discrete([(0.5, [1, 2]), (1, [1])])",
+    "then(sequential, random, tau=0.3)",
+    "then(incremental, random, tau=0.3)",
+    "hybrid(0.5)",
+    "random_then_anneal(0.3, down)",
+    "reverse(warmup_then_random(0.3))",
+    "custom('curriculum.schedules:uniform')",
 ]
 
 
