@@ -381,6 +381,8 @@ def as_hf(part: Packed, row_tokens: int) -> dict[str, np.ndarray]:
 
     Such a model compares position i with labels[i + 1]. So labels lie one further than targets, and there is one
     position more, whose prediction is not used: every prediction of the stream is made once, none across a joint.
+    transformers keeps attention within documents by `position_ids`, but only where it keeps no cache: set the model's
+    config.use_cache to False (seen in 5.23).
     """
     num_tokens = len(part.input_T)
     input_ids, labels = np.zeros(row_tokens + 1, np.int64), np.full(row_tokens + 1, IGNORED)
