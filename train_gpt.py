@@ -1,29 +1,35 @@
-"""Train a GPT on an order of data. One file, top to bottom: attention, model, optimizers, evaluation, checkpoint,
-log, main. It reads an order of segments; it knows nothing of entropy.
+"""Train a GPT on an order of data. One file, top to bottom: attention, model, head, optimizers, processes, evaluation,
+training. It reads an order of segments; it knows nothing of entropy.
 
     python train_gpt.py configs/demo.toml --data.order orders/random-0.npy
-    torchrun --nproc_per_node=8 train_gpt.py configs/anchor.toml --run.seed 1
+    torchrun --nproc_per_node=8 train_gpt.py configs/speed.toml --run.seed 1
+    python train_gpt.py --ablate configs/small_speed.toml --run.num_seeds 3       # the preset without each technique
+
+The techniques are those of the nanoGPT speedrun (github.com/KellerJordan/modded-nanogpt) that need no kernels of one's
+own. Each is a few lines at one place, with the record it came from (#n) and what it brought there, in steps or tokens
+to the same loss. All are settings; configs/ holds the presets, curriculum/config.py says what each setting does.
 
 A run folder holds config.json, metrics.jsonl (the only source of truth: one JSON object a line), last.pt (resume
 point) and step<k>.pt (kept checkpoints). The same command continues an unfinished run, exactly, at any world size.
 
-Shapes: T tokens of one flat row   D model_dim   H heads   E head_dim   V vocabulary   L longest document   M matrices
+Shapes: T tokens of one flat row   D model_dim   H heads   E head_dim   V vocabulary   L longest document
+        M matrices of R rows and C columns   K tokens ahead   N rows of a block
 """
 
-from curriculum.config import Config, Model, Optim, parse_args
+import sys
+
+from curriculum.config import GATE_DIM, Config, Model, Optim, parse_args, stage
 
 if __name__ == "__main__":  # before torch is imported: --help and a typo answer at once
     from data.cli import guarded
 
-    CONFIG = guarded(parse_args)
+    CONFIG = guarded(lambda: parse_args([a for a in sys.argv[1:] if a != "--ablate"]))
 
 import ctypes
-import hashlib
-import json
-import os
-import platform
-import sys
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,15 +40,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curriculum.loader import Packed, Stream, batches, prefetched
+from curriculum import runs
+from curriculum.loader import Packed, Stream, prefetched
 from curriculum.moments import softcapped
+from curriculum.runs import Work, prepare
+from curriculum.runs import load_checkpoint as load_checkpoint  # curriculum.reference asks here
+from curriculum.world import Bundle, PairwiseSum, World
 from data.cli import InputError
-from data.files import atomic_path, read_json, write_json
-from data.segments import corpus_segments, packed_rows
-from data.shards import Corpus, open_corpus
+from data.segments import packed_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention within documents
+# Attention within documents (#12: 1573M -> 983M tokens, the largest single gain)
 
 
 class Documents(NamedTuple):
@@ -83,29 +91,53 @@ def documents(bounds: np.ndarray, max_len: int, device: torch.device) -> Documen
     )
 
 
-def attend(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, docs: Documents, scale: float) -> Tensor:
-    """Causal attention within each document; (T, H, E). Keys and values may have fewer heads (grouped queries)."""
+def attend(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, docs: Documents, scale: float, window: int = 0) -> Tensor:
+    """Causal attention within each document; (T, H, E). A token sees itself and `window` tokens before it (0: all).
+
+    Keys and values may have fewer heads (grouped queries).
+    """
     if k_THE.shape[1] != q_THE.shape[1]:
         repeats = q_THE.shape[1] // k_THE.shape[1]
         k_THE, v_THE = k_THE.repeat_interleave(repeats, 1), v_THE.repeat_interleave(repeats, 1)
     if q_THE.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        # window_size (-1, 0) is causal: the signature of torch >= 2.11, where is_causal went away.
+        # window_size (w, 0) is causal, -1 means no limit: the signature of torch >= 2.11, where is_causal went away.
         return varlen_attn(
-            q_THE, k_THE, v_THE, docs.bounds, docs.bounds, docs.max_len, docs.max_len, scale=scale, window_size=(-1, 0)
+            *(q_THE, k_THE, v_THE, docs.bounds, docs.bounds, docs.max_len, docs.max_len),
+            scale=scale,
+            window_size=(window or -1, 0),
         )
     if len(docs.gather) == 1 and docs.gather[0].numel() == len(q_THE):  # equal lengths: a view will do
         blocks = [x.view(*docs.gather[0].shape, *x.shape[1:]).transpose(1, 2) for x in (q_THE, k_THE, v_THE)]
-        out = F.scaled_dot_product_attention(*blocks, is_causal=True, scale=scale)
-        return out.transpose(1, 2).reshape(q_THE.shape)
+        return windowed(*blocks, scale, window).transpose(1, 2).reshape(q_THE.shape)
     outs = []
     for index in docs.gather:
         shape = (*index.shape, -1, q_THE.shape[2])  # (documents, L, H, E)
         blocks = [x.index_select(0, index.view(-1)).view(shape).transpose(1, 2) for x in (q_THE, k_THE, v_THE)]
-        out = F.scaled_dot_product_attention(*blocks, is_causal=True, scale=scale)
-        outs.append(out.transpose(1, 2).reshape(-1, *q_THE.shape[1:]))
+        outs.append(windowed(*blocks, scale, window).transpose(1, 2).reshape(-1, *q_THE.shape[1:]))
     return torch.cat(outs).index_select(0, docs.scatter_T)
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Causal attention of whole sequences, (documents, H, L, E), on a CPU."""
+    length = q.shape[2]
+    if not window or length <= window + 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    size = 1 << (length - 1).bit_length()  # a mask's corner is the mask of a shorter document: few sizes are kept
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=band(size, window)[:length, :length], scale=scale)
+
+
+@cache
+def band(size: int, window: int) -> Tensor:
+    """True where column j may be seen from row i: i - window <= j <= i."""
+    return torch.ones(size, size, dtype=torch.bool).tril().triu(-window)
+
+
+def before(x_T: Tensor, docs: Documents) -> Tensor:
+    """What stands one token earlier in the same document; a document's first token has its own. Any (T, ...)."""
+    first_T = (docs.position_T == 0).view(-1, *[1] * (x_T.ndim - 1))
+    return torch.where(first_T, x_T, torch.cat([x_T[:1], x_T[:-1]]))
 
 
 def rotary(position_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -125,39 +157,67 @@ def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Model
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:])
+def norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.type_as(x))
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Weights are kept in fp32 and used in the type of the activations: fp32 on CPU, bf16 on CUDA."""
-    return F.linear(x, weight.type_as(x))
+    return F.linear(x, weight.type_as(x), None if bias is None else bias.type_as(x))
+
+
+def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
+    return nn.Parameter(torch.empty(shape)) if wanted else None
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: Model, has_value_embed: bool):
+    def __init__(self, cfg: Model, layer: int, has_value_embed: bool):
         super().__init__()
-        dim, self.head_dim, self.scale = cfg.model_dim, cfg.head_dim, cfg.attention_scale
-        self.qkv = nn.Parameter(torch.empty(3, dim, dim))
-        self.attn_proj = nn.Parameter(torch.empty(dim, dim))
-        self.mlp_up = nn.Parameter(torch.empty(cfg.mlp_ratio * dim, dim))
-        self.mlp_proj = nn.Parameter(torch.empty(dim, cfg.mlp_ratio * dim))
-        self.x0_mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # of the stream and of the embedding it began as
-        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if has_value_embed else None
+        dim, self.cfg = cfg.model_dim, cfg
+        # Long and short windows (#13 and #20: 5.03 -> 4.66 -> 2.99 min, with other things).
+        is_long = layer == cfg.num_layers - 1 or cfg.window_pattern[layer % len(cfg.window_pattern)] == "L"
+        self.window = cfg.window if is_long else cfg.short_window or cfg.window
+        self.offsets_keys = cfg.key_offset and is_long
+        self.qkv = parameter(3, dim, dim)  # one product (#20), three matrices to Muon
+        self.attn_proj = parameter(dim, dim)
+        self.mlp_up = parameter(cfg.mlp_ratio * dim, dim)
+        self.mlp_proj = parameter(dim, cfg.mlp_ratio * dim)
+        self.x0_mix = parameter(2, wanted=cfg.x0_mix)  # of the stream and of the embedding it began as
+        self.value_mix = parameter(2, wanted=has_value_embed)
+        self.attn_gate = parameter(dim // cfg.head_dim, GATE_DIM, wanted=cfg.attention_gate)
+        self.qkv_bias, self.mlp_up_bias = (parameter(n * dim, wanted=cfg.biases) for n in (3, cfg.mlp_ratio))
+        self.attn_proj_bias, self.mlp_proj_bias = (parameter(dim, wanted=cfg.biases) for _ in range(2))
+        self.attn_gain, self.mlp_gain = (parameter(dim, wanted=cfg.gains) for _ in range(2))
 
-    def forward(self, x_TD, x0_TD, value_embed_TD, cos, sin, docs: Documents) -> Tensor:
-        x_TD = self.x0_mix[0].type_as(x_TD) * x_TD + self.x0_mix[1].type_as(x_TD) * x0_TD
-        q, k, v = linear(norm(x_TD), self.qkv.flatten(0, 1)).view(len(x_TD), 3, -1, self.head_dim).unbind(1)
-        if value_embed_TD is not None:
+    def forward(self, x_TD, x0_TD, value_embed_TD, cos, sin, docs: Documents, window_share: float) -> Tensor:
+        if self.x0_mix is not None:  # x0 mixing (#9, with value residuals and softcap: 4578 -> 3200 steps)
+            x_TD = self.x0_mix[0].type_as(x_TD) * x_TD + self.x0_mix[1].type_as(x_TD) * x0_TD
+        y_TD = norm(x_TD, self.attn_gain)
+        q, k, v = (
+            linear(y_TD, self.qkv.flatten(0, 1), self.qkv_bias).view(len(x_TD), 3, -1, self.cfg.head_dim).unbind(1)
+        )
+        if value_embed_TD is not None:  # value embeddings (#14: 1750 -> 1530 steps)
             mix = self.value_mix.type_as(v)
             v = mix[0] * v + mix[1] * value_embed_TD.view_as(v)
-        y_THE = attend(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, docs, self.scale)
-        x_TD = x_TD + linear(y_THE.flatten(1), self.attn_proj)
-        return x_TD + linear(F.relu(linear(norm(x_TD), self.mlp_up)).square(), self.mlp_proj)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        if self.offsets_keys:  # partial key offset (#49: -2.3 % steps): one layer can find what followed a token
+            turns_1, stays_1, turns_2, stays_2 = k.chunk(4, dim=-1)
+            stays_1, stays_2 = before(torch.stack([stays_1, stays_2], 1), docs).unbind(1)
+            k = torch.cat([turns_1, stays_1, turns_2, stays_2], dim=-1)
+        y_THE = attend(q, k, v, docs, self.cfg.attention_scale, math.ceil(self.window * window_share))
+        if self.attn_gate is not None:  # a head can keep silent (#28: -55 steps, at a dearer step)
+            y_THE = y_THE * (2 * torch.sigmoid(linear(y_TD[:, :GATE_DIM], self.attn_gate)))[..., None]
+        x_TD = x_TD + linear(y_THE.flatten(1), self.attn_proj, self.attn_proj_bias)
+        y_TF = F.relu(linear(norm(x_TD, self.mlp_gain), self.mlp_up, self.mlp_up_bias)).square()
+        return x_TD + linear(y_TF, self.mlp_proj, self.mlp_proj_bias)
+
+
+# What the learned numbers begin as: techniques begin out of the way, or as far in as their records have them.
+FIRST = {"x0_mix": (1, 0), "value_mix": (0.5, 0.5), "skip_mix": (0.18,), "backout_mix": (0.5,), "smear_mix": (0,)}
 
 
 class GPT(nn.Module):
-    """RoPE, QK-norm, ReLU^2, RMSNorm without gains, untied softcapped head, value embeddings, zero-init projections.
+    """RoPE, QK-norm, ReLU^2, RMSNorm, untied softcapped head, zero-init projections (#5: 22.3 -> 15.2 min; #8; #18).
 
     The vocabulary is padded to a multiple of 128 (GEMMs like it); the padding columns are never read.
     """
@@ -166,42 +226,93 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
         padded = -(-vocab_size // 128) * 128
-        self.embed = nn.Parameter(torch.empty(padded, cfg.model_dim))
-        self.value_embeds = nn.ParameterList(torch.empty(padded, cfg.model_dim) for _ in range(cfg.num_value_embeds))
-        # Table i feeds layer i and layer num_layers - n + i, as in the speedrun's record 15 (3 tables, U-shaped).
+        self.embed = parameter(padded, cfg.model_dim)
+        self.value_embeds = nn.ParameterList(parameter(padded, cfg.model_dim) for _ in range(cfg.num_value_embeds))
+        # Table i feeds layer i and layer num_layers - n + i (#15: 3 tables, U-shaped).
         last = cfg.num_layers - cfg.num_value_embeds
         self.value_embed_of_layer = [
             i if i < cfg.num_value_embeds else i - last if i >= last else None for i in range(cfg.num_layers)
         ]
-        self.blocks = nn.ModuleList(Block(cfg, i is not None) for i in self.value_embed_of_layer)
-        self.head = nn.Parameter(torch.empty(padded, cfg.model_dim))
+        self.blocks = nn.ModuleList(
+            Block(cfg, i, table is not None) for i, table in enumerate(self.value_embed_of_layer)
+        )
+        self.head = parameter(padded, cfg.model_dim)
+        self.head_bias = parameter(vocab_size, wanted=cfg.biases)
+        self.embed_gain, self.final_gain = (parameter(cfg.model_dim, wanted=cfg.gains) for _ in range(2))
+        self.skip_mix, self.backout_mix = parameter(1, wanted=cfg.skip), parameter(1, wanted=cfg.backout)
+        self.smear_mix, self.smear_gate = parameter(1, wanted=cfg.smear), parameter(1, GATE_DIM, wanted=cfg.smear)
 
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Matrices N(0, 0.33 / fan_in), embeddings N(0, 1), projections and head zero: the first loss is ln V."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith("proj") or name == "head":
-                nn.init.zeros_(parameter)
-            elif "embed" in name:
-                nn.init.normal_(parameter, generator=generator)
-            elif parameter.ndim >= 2:
-                nn.init.normal_(parameter, std=(0.33 / parameter.shape[-1]) ** 0.5, generator=generator)
+        generator = torch.Generator().manual_seed(seed)  # of the CPU: the same weights on every device
+        for name, values in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            if kind in FIRST:
+                values.copy_(torch.tensor(FIRST[kind]))
+            elif kind.endswith("gain"):
+                values.fill_(1.0)
+            elif kind.endswith(("proj", "bias", "gate")) or (kind == "head" and not self.cfg.tie_frac):
+                values.zero_()
+            else:
+                fan_in = values.shape[-1]
+                std = 0.005 if kind == "head" else 1.0 if "embed" in name else (0.33 / fan_in) ** 0.5
+                values.copy_(torch.randn(values.shape, generator=generator).mul_(std))
+        if self.cfg.tie_frac:
+            self.embed.copy_(self.head)
 
-    def hidden(self, token_T: Tensor, docs: Documents) -> Tensor:
+    def hidden(self, token_T: Tensor, docs: Documents, window_share: float = 1.0) -> Tensor:
         """Final normalised hidden states (T, D), in bf16 on CUDA and fp32 on CPU."""
         dtype = torch.bfloat16 if token_T.is_cuda else torch.float32
-        x_TD = x0_TD = norm(F.embedding(token_T, self.embed).to(dtype))
+        x_TD = F.embedding(token_T, self.embed).to(dtype)
+        if self.smear_mix is not None:  # smear (#34: -5 to -15 steps); nothing from the document before
+            share_T1 = self.smear_mix.type_as(x_TD) * torch.sigmoid(linear(x_TD[:, :GATE_DIM], self.smear_gate))
+            x_TD = x_TD + share_T1 * (docs.position_T > 0)[:, None] * before(x_TD, docs)
+        x_TD = x0_TD = norm(x_TD, self.embed_gain)
         values = [F.embedding(token_T, table).to(dtype) for table in self.value_embeds]
         cos, sin = rotary(docs.position_T, self.cfg.head_dim, self.cfg.rope_base)
-        for block, table in zip(self.blocks, self.value_embed_of_layer, strict=True):
-            x_TD = block(x_TD, x0_TD, None if table is None else values[table], cos, sin, docs)
-        return norm(x_TD)
+        layers, kept = self.cfg.num_layers, {}
+        for i, (block, table) in enumerate(zip(self.blocks, self.value_embed_of_layer, strict=True)):
+            if self.skip_mix is not None and i == (layers + 1) // 2:  # skip connection (#11, #45: one is enough)
+                x_TD = x_TD + self.skip_mix.type_as(x_TD) * kept[(layers - 1) // 4]
+            x_TD = block(x_TD, x0_TD, None if table is None else values[table], cos, sin, docs, window_share)
+            kept[i] = x_TD
+        if self.backout_mix is not None:  # backout (#40: -3.6 % steps): what served later layers is taken off again
+            x_TD = x_TD - self.backout_mix.type_as(x_TD) * kept[2 * layers // 3]
+        return norm(x_TD, self.final_gain)
 
-    def forward(self, token_T: Tensor, target_T: Tensor, docs: Documents) -> Tensor:
-        """Cross-entropy of every prediction (T,), fp32 nats. Its gradient is that of the sum: weight it by a scalar."""
-        hidden_TD = self.hidden(token_T, docs)
+    def forward(self, token_T: Tensor, target_T: Tensor, docs: Documents, window_share=1.0, ahead=()) -> Tensor:
+        """Cross-entropy of every prediction (T,), fp32 nats. Its gradient is that of the sum: weight it by a scalar.
+
+        With weights `ahead` the gradient has the losses of the second, third, ... token ahead in it as well: prediction
+        of many tokens (#53: -4 to -5.6 % steps). A target of -1 counts for nothing.
+        """
+        hidden_TD = self.hidden(token_T, docs, window_share)
         head_VD = self.head.type_as(hidden_TD)[: self.vocab_size]
-        return HeadLoss.apply(hidden_TD, head_VD, target_T, self.cfg.softcap)
+        target_KT = target_T[None].expand(1 + len(ahead), -1).clone()
+        for k in range(1, len(target_KT)):  # the next token's k-th target, where it lies in the same document
+            target_KT[k, -k:] = -1
+            follows_T = docs.position_T[k:] == docs.position_T[:-k] + k
+            target_KT[k, :-k] = torch.where(follows_T, target_T[k:], -1)
+        weight_K = torch.tensor([1.0, *ahead], device=token_T.device)
+        return HeadLoss.apply(hidden_TD, head_VD, self.head_bias, target_KT, weight_K, self.cfg.softcap)
+
+    def flops_per_token(self, length_N: np.ndarray) -> float:
+        """Multiplications and additions of a training step, for documents of these lengths.
+
+        6 for each weight of a matrix product (2 forward, 4 backward), and 12 D for each key that a query sees in each
+        layer (q.k and weights.v). Causality and windows count: what is masked is not work done.
+        """
+        products = sum(p.numel() for name, p in self.blocks.named_parameters() if p.ndim >= 2 and "gate" not in name)
+        length_N, keys = length_N.astype(np.float64), 0.0
+        for block in self.blocks:
+            reach_N = np.minimum(length_N, block.window + 1) if block.window else length_N
+            keys += (reach_N * (reach_N + 1) / 2 + (length_N - reach_N) * reach_N).sum() / length_N.sum()
+        return 6 * (products + self.vocab_size * self.cfg.model_dim) + 12 * self.cfg.model_dim * keys
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Head and loss
 
 
 class HeadLoss(torch.autograd.Function):
@@ -212,41 +323,52 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, target_T, cap):
+    def forward(ctx, hidden_TD, head_VD, bias_V, target_KT, weight_K, cap):
         wants_grad = any(ctx.needs_input_grad)
         block_rows = 256 if hidden_TD.device.type == "cpu" else 8192
         nll_T = hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32)
         grad_hidden_TD = torch.empty_like(hidden_TD) if wants_grad else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_grad else None
+        grad_bias_V = torch.zeros_like(bias_V) if wants_grad and bias_V is not None else None
         block_loss = compiled_block_loss() if hidden_TD.is_cuda else block_loss_eager
         for at in range(0, len(hidden_TD), block_rows):
             rows = slice(at, at + block_rows)
-            nll_T[rows], grad_NV = block_loss(hidden_TD[rows] @ head_VD.T, target_T[rows], cap, wants_grad)
+            logits_NV = linear(hidden_TD[rows], head_VD, bias_V)
+            nll_T[rows], grad_NV = block_loss(logits_NV, target_KT[:, rows], weight_K, cap, wants_grad)
             if wants_grad:
                 grad_hidden_TD[rows] = grad_NV @ head_VD
                 grad_head_VD += grad_NV.T @ hidden_TD[rows]
-        ctx.save_for_backward(grad_hidden_TD, grad_head_VD)
+                if bias_V is not None:
+                    grad_bias_V += grad_NV.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden_TD, grad_head_VD, grad_bias_V)
         return nll_T
 
     @staticmethod
     def backward(ctx, grad_T):
-        grad_hidden_TD, grad_head_VD = ctx.saved_tensors
-        weight = grad_T[0]  # every token weighs the same: the trainer's loss is a sum over tokens times a scalar
-        return grad_hidden_TD * weight.type_as(grad_hidden_TD), grad_head_VD * weight, None, None
+        # Every token weighs the same: the trainer's loss is a sum over tokens times a scalar.
+        grads = [None if grad is None else grad * grad_T[0].type_as(grad) for grad in ctx.saved_tensors]
+        return *grads, None, None, None
 
 
-def block_loss_eager(logits_NV: Tensor, target_N: Tensor, cap: float, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of N rows (fp32), and its gradient with respect to the uncapped logits in their type.
+def block_loss_eager(
+    logits_NV: Tensor, target_KN: Tensor, weight_K: Tensor, cap: float, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of the next token of N rows (fp32), and the gradient of the weighted losses of all K tokens ahead
+    with respect to the uncapped logits, in their type.
 
     With z = x (1 + x^2/c^2)^-1/2 the slope is dz/dx = (1 - z^2/c^2)^3/2, so nothing but z is needed for it.
     """
     z_NV = softcapped(logits_NV.float(), cap)
     lse_N = z_NV.logsumexp(1)
-    nll_N = lse_N - z_NV.gather(1, target_N[:, None])[:, 0]
+    index_NK = target_KN.T.clamp(min=0)
+    nll_N = lse_N - z_NV.gather(1, index_NK[:, :1])[:, 0]
     if not wants_grad:
         return nll_N, None
+    weight_NK = weight_K * (target_KN.T >= 0)
     grad_NV = (z_NV - lse_N[:, None]).exp_()
-    grad_NV.scatter_add_(1, target_N[:, None], grad_NV.new_full((len(target_N), 1), -1.0))
+    if len(weight_K) > 1 or logits_NV.is_cuda:  # else all weights are 1: rows are padded on CUDA only
+        grad_NV *= weight_NK.sum(1, keepdim=True)
+    grad_NV.scatter_add_(1, index_NK, -weight_NK)
     if cap:
         slope_NV = 1 - (z_NV / cap) ** 2
         grad_NV *= slope_NV * slope_NV.sqrt()
@@ -259,117 +381,286 @@ def compiled_block_loss():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizers: Muon for the hidden matrices, AdamW for everything else
+# Optimizers: Muon for the hidden matrices (#3: 31.4 -> 24.9 min), AdamW for everything else, both shared out (#6)
 
 
-def orthogonalise(G_MRC: Tensor, iterations: int) -> Tensor:
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, for a batch of matrices (Jordan et al. 2024, Muon).
+# Polynomials a x + b x^3 + c x^5, one for each iteration, the last one repeated; and what a matrix is divided by before
+# it, over its Frobenius norm. Jordan et al. (2024) drive singular values to 0.7 .. 1.2 in 5 iterations; the simple one
+# converges to 1 in 12 (track 3 of the speedrun); Polar Express (Amsel et al. 2025, #38: -0.4 s) is optimal at every
+# iteration, for singular values from 0.001 on, with a margin for bf16.
+POLYNOMIALS = {
+    "jordan": (1.0, [(3.4445, -4.7750, 2.0315)]),
+    "simple": (1.0, [(2.0, -1.5, 0.5)]),
+    "polar_express": (
+        1.02,
+        [
+            (8.156554524902461, -22.48329292557795, 15.878769915207462),
+            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+        ],
+    ),
+}
 
-    The quintic x -> a x + b x^3 + c x^5 drives every singular value to about 1 (0.7 to 1.2 with these coefficients).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
+
+def orthogonalise(G_MRC: Tensor, iterations: int, polynomials: str = "jordan") -> Tensor:
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for a batch of matrices: all singular values near 1."""
+    margin, coefficients = POLYNOMIALS[polynomials]
     X = G_MRC.bfloat16() if G_MRC.is_cuda else G_MRC
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(iterations):
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
+    for i in range(iterations):
+        a, b, c = coefficients[min(i, len(coefficients) - 1)]
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return (X.mT if tall else X).type_as(G_MRC)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised. A parameter's leading dimensions count matrices; equal shapes are stepped together."""
+def evened(update_MRC: Tensor, second: Tensor, beta: float) -> Tensor:
+    """NorMuon (Li et al. 2025; #41, #42: -50 steps, -2.7 s): rows (columns, if there are more of them) of an update are
+    divided by their running RMS; its norm stays what it was."""
+    square = update_MRC.square().mean(dim=-1 if second.shape[-1] == 1 else -2, keepdim=True)
+    second.mul_(beta).add_(square * (1 - beta))
+    scaled = update_MRC * second.clamp_min(1e-10).rsqrt()
+    norms = [x.norm(dim=(-2, -1), keepdim=True) for x in (update_MRC, scaled)]
+    return scaled * (norms[0] / norms[1].clamp_min(1e-10))
 
-    def __init__(self, parameters, lr: float, momentum: float, weight_decay: float, iterations: int):
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations)
-        super().__init__(parameters, defaults)
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            by_shape: dict[tuple, list[Tensor]] = {}
-            for parameter in group["params"]:
-                by_shape.setdefault(tuple(parameter.shape[-2:]), []).append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                updates = []
-                for parameter in parameters:
-                    state = self.state[parameter]
-                    if not state:
-                        state["momentum"] = torch.zeros_like(parameter)
-                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                    nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-                    updates.append(nesterov.view(-1, rows, columns))
-                stacked = orthogonalise(torch.cat(updates), group["iterations"])
-                scale = max(1, rows / columns) ** 0.5  # keeps the RMS change of the output alike across shapes
-                for parameter, update in zip(parameters, stacked.split([len(u) for u in updates]), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+def muon_update(weight_MRC, gradient_MRC, momentum_MRC, second, lr, momentum, cfg: Optim) -> None:
+    """One step in place, of matrices of one shape. Compiled on CUDA: lr and momentum are tensors there, so that a new
+    value compiles nothing. `second` is None without NorMuon."""
+    momentum_MRC.mul_(momentum).add_(gradient_MRC * (1 - momentum))
+    update_MRC = orthogonalise(
+        gradient_MRC * (1 - momentum) + momentum_MRC * momentum, cfg.muon_iterations, cfg.muon_coefficients
+    )
+    if second is not None:
+        update_MRC = evened(update_MRC, second, cfg.normuon_beta)
+    shrink = lr * cfg.muon_weight_decay
+    if cfg.cautious:  # cautious weight decay (#43: -1.8 % steps): not against the update
+        shrink = shrink * (update_MRC * weight_MRC >= 0)
+    # Wider outputs move further: keeps the RMS change of a layer's output alike across shapes.
+    scale = max(1, weight_MRC.shape[-2] / weight_MRC.shape[-1]) ** 0.5
+    weight_MRC.mul_(1 - shrink).sub_(update_MRC * (lr * scale))
+
+
+@cache
+def compiled_muon_update():
+    return torch.compile(muon_update, dynamic=False)
+
+
+class Muon:
+    """Momentum, orthogonalised (Jordan et al. 2024), or NorMuon. Matrices of one shape are stepped together; a
+    parameter's leading dimensions count matrices."""
+
+    def __init__(self, parameters: list[nn.Parameter], cfg: Optim, world: World):
+        self.cfg, self.device = cfg, world.device
+        by_shape: dict[tuple, list[nn.Parameter]] = {}
+        for p in parameters:
+            by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
+        self.bundles = [Bundle(members, shape, world) for shape, members in by_shape.items()]
+        self.state = [{"momentum": torch.zeros_like(bundle.own)} for bundle in self.bundles]
+        if cfg.normuon_beta:
+            for bundle, state in zip(self.bundles, self.state, strict=True):
+                tall = bundle.own.shape[-2] >= bundle.own.shape[-1]
+                state["second"] = torch.zeros_like(bundle.own[..., :1] if tall else bundle.own[..., :1, :])
+
+    def step(self, gradients: list[Tensor], scale: float, momentum: float) -> None:
+        """One step of the owned shares; `scale` is the learning rate over its peak."""
+        cfg, lr = self.cfg, self.cfg.muon_lr * scale
+        update = muon_update
+        if self.device.type == "cuda":
+            update, lr, momentum = compiled_muon_update(), torch.tensor(lr), torch.tensor(momentum)
+        for bundle, state, gradient in zip(self.bundles, self.state, gradients, strict=True):
+            update(bundle.own, gradient, state["momentum"], state.get("second"), lr, momentum, cfg)
+
+
+class Adam:
+    """AdamW (fused), of numbers in a row: one bundle for each learning rate."""
+
+    def __init__(self, groups: list[tuple[float, list[nn.Parameter]]], cfg: Optim, world: World):
+        self.cfg, self.lrs = cfg, [lr for lr, _ in groups]
+        self.bundles = [Bundle(parameters, (), world) for _, parameters in groups]
+        self.shares = [nn.Parameter(bundle.own) for bundle in self.bundles]  # the same memory
+        self.adam = torch.optim.AdamW(
+            [dict(params=[share]) for share in self.shares],
+            betas=cfg.adam_betas,
+            eps=cfg.adam_eps,
+            weight_decay=0.0 if cfg.cautious else cfg.adam_weight_decay,
+            fused=True,
+        )
+        for share in self.shares:
+            keys = ("exp_avg", "exp_avg_sq", "waiting")[: 3 if cfg.adam_every > 1 else 2]
+            zeros = {key: torch.zeros_like(share.data) for key in keys}
+            self.adam.state[share] = zeros | {"step": torch.zeros((), device=share.device)}
+        self.state = [self.adam.state[share] for share in self.shares]
+
+    def step(self, gradients: list[Tensor], scale: float, step: int) -> None:
+        """Every adam_every-th step (#39: every second one, -1.2 % time) AdamW steps on the sum of the gradients."""
+        if self.cfg.adam_every > 1:
+            gradients = [state["waiting"].add_(g) for state, g in zip(self.state, gradients, strict=True)]
+            if (step + 1) % self.cfg.adam_every:
+                return
+        for group, share, gradient, lr in zip(self.adam.param_groups, self.shares, gradients, self.lrs, strict=True):
+            group["lr"], share.grad = lr * scale, gradient
+        self.adam.step()
+        for share, state, lr in zip(self.shares, self.state, self.lrs, strict=True):
+            if self.cfg.cautious:  # on AdamW as well (#50: -1 % steps); the sign of its step is that of exp_avg
+                shrink = lr * scale * self.cfg.adam_weight_decay
+                share.data.mul_(1 - shrink * (state["exp_avg"] * share.data >= 0))
+            if self.cfg.adam_every > 1:
+                state["waiting"].zero_()
 
 
 class Optimizers:
     """Every parameter in exactly one group; learning rates set from progress; state saved by parameter name."""
 
-    def __init__(self, model: GPT, cfg: Optim):
-        self.cfg, self.names = cfg, {p: name for name, p in model.named_parameters()}
-        matrices, embeds, heads, scalars = [], [], [], []
-        for name, parameter in model.named_parameters():
-            if name.startswith("blocks."):
-                (matrices if parameter.ndim >= 2 else scalars).append(parameter)
+    def __init__(self, model: GPT, cfg: Optim, world: World):
+        self.cfg, self.model, self.world = cfg, model, world
+        self.names = {p: name for name, p in model.named_parameters()}
+        kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in ("matrix", "embed", "head", "scalar")}
+        for p, name in self.names.items():
+            if name == "head" or name == "embed" and model.cfg.tie_frac:  # once tied, they stay alike
+                kinds["head"].append(p)
+            elif name == "embed" or name.startswith("value_embeds."):
+                kinds["embed"].append(p)
             else:
-                (heads if name == "head" else embeds).append(parameter)
-        muon = Muon(matrices, cfg.muon_lr, cfg.muon_momentum, cfg.muon_weight_decay, cfg.muon_iterations)
-        adam = torch.optim.AdamW(
-            [
-                dict(params=embeds, lr=cfg.embed_lr),
-                dict(params=heads, lr=cfg.head_lr),
-                dict(params=scalars, lr=cfg.scalar_lr),
-            ],
-            betas=cfg.adam_betas,
-            eps=cfg.adam_eps,
-            weight_decay=cfg.adam_weight_decay,
-            fused=True,
-        )
-        self.all = [muon, adam]
-        self.peak_lr = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
-        held = [p for optimizer in self.all for group in optimizer.param_groups for p in group["params"]]
+                kinds["matrix" if p.ndim >= 2 and "gate" not in name else "scalar"].append(p)
+        self.muon = Muon(kinds["matrix"], cfg, world)
+        lrs = dict(embed=cfg.embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
+        self.adam = Adam([(lrs[kind], kinds[kind]) for kind in lrs if kinds[kind]], cfg, world)
+        self.bundles = self.muon.bundles + self.adam.bundles
+        self.states = self.muon.state + self.adam.state
+        held = [p for bundle in self.bundles for p in bundle.parameters]
         assert len(held) == len(set(held)) == len(self.names), "every parameter is in exactly one group"
+        self.averages = [torch.empty_like(bundle.values) for bundle in self.bundles] if cfg.average_frac else []
+        self.num_averaged = 0
 
-    def step(self, progress: float) -> None:
-        """One update at `progress` in [0, 1); gradients are dropped afterwards."""
-        scale = self.cfg.lr_scale(progress)
-        for optimizer, peaks in zip(self.all, self.peak_lr, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * scale
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def reset(self) -> None:
+        """Forget everything: as if made anew, for another seed."""
+        for state in self.states:
+            for values in state.values():
+                values.zero_()
+        self.num_averaged = 0
+
+    def step(self, gradients: list[Tensor], step: int, progress: float, batch_share: float = 1.0) -> None:
+        """One update at `progress` in [0, 1): reduce, step, gather. `gradients` are this process's, by parameter."""
+        scale = self.cfg.lr_scale(progress) * batch_share**0.5
+        gradient_of = dict(zip(self.names, gradients, strict=True))
+        arriving = [bundle.reduce(gradient_of) for bundle in self.bundles]
+        num_muon = len(self.muon.bundles)
+        self.muon.step([wait() for wait in arriving[:num_muon]], scale, self.cfg.momentum(progress))
+        gathering = [bundle.gather() for bundle in self.muon.bundles]
+        self.adam.step([wait() for wait in arriving[num_muon:]], scale, step)
+        for wait in gathering + [bundle.gather() for bundle in self.adam.bundles]:
+            wait()
+        if self.averages and progress >= 1 - self.cfg.average_frac:
+            self.num_averaged += 1
+            weight = max(1 / self.num_averaged, 1 - self.cfg.average_decay if self.cfg.average_decay else 0)
+            for average, bundle in zip(self.averages, self.bundles, strict=True):
+                average.copy_(bundle.values) if weight == 1 else average.lerp_(bundle.values, weight)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model holds the average of its weights, if there is one by now."""
+        chosen = list(zip(self.averages, self.bundles, strict=True)) if self.num_averaged else []
+        trained = [bundle.values.clone() for _, bundle in chosen]
+        for average, bundle in chosen:
+            bundle.values.copy_(average)
+        yield
+        for (_, bundle), values in zip(chosen, trained, strict=True):
+            bundle.values.copy_(values)
+
+    def untie(self) -> None:
+        """Embedding and head part (#51, #53: -2.7 % steps): they are equal so far, and so becomes what Adam knows."""
+        state = self.state_dict()
+        state["embed"] = state["head"]
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict:
-        return {self.names[p]: state for optimizer in self.all for p, state in optimizer.state.items()}
+        """Of every parameter by name, whole, on the CPU. All processes take part."""
+        found: dict[str, dict] = {name: {} for name in self.names.values()}
+        for bundle, state in zip(self.bundles, self.states, strict=True):
+            for key, values in state.items():
+                parts = bundle.whole(values) if values.ndim else [values] * len(bundle.parameters)
+                for p, part in zip(bundle.parameters, parts, strict=True):
+                    found[self.names[p]][key] = part.to("cpu", copy=True)
+        return found
 
     def load_state_dict(self, state_of_name: dict) -> None:
-        for optimizer in self.all:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    state = state_of_name[self.names[parameter]]
-                    # AdamW's step counter must stay a float32 tensor on the parameter's device for the fused kernel.
-                    optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        for bundle, state in zip(self.bundles, self.states, strict=True):
+            for key, values in state.items():
+                parts = [state_of_name[self.names[p]][key] for p in bundle.parameters]
+                values.copy_(bundle.share(bundle.laid_out(parts)) if values.ndim else parts[0])
+
+    def weights(self) -> dict:
+        """What a checkpoint holds of the model: `model`, to be used, and if that is an average, what is `trained`."""
+
+        def held():
+            return {name: p.detach().to("cpu", copy=True) for p, name in self.names.items()}
+
+        with self.averaged():
+            model = held()
+        return (
+            dict(model=model, trained=held(), num_averaged=self.num_averaged)
+            if self.num_averaged
+            else dict(model=model)
+        )
+
+    def load_weights(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["model"])
+        if "trained" in saved:
+            self.num_averaged = saved["num_averaged"]
+            for average, bundle in zip(self.averages, self.bundles, strict=True):
+                average.copy_(bundle.values)
+            self.model.load_state_dict(saved["trained"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Batches on the device, and evaluation
 
 
-def to_device(part: Packed, max_len: int, device: torch.device) -> tuple[Tensor, Tensor, Documents]:
+class Fixed(NamedTuple):
+    """CUDA: what every row is filled up to, so that nothing is compiled twice."""
+
+    row_tokens: int
+    max_documents: int
+
+
+def to_device(
+    part: Packed, max_len: int, device: torch.device, fixed: Fixed | None = None
+) -> tuple[Tensor, Tensor, Documents]:
+    """Inputs, targets and documents of a row. Documents longer than `max_len` are cut (the sequence-length schedule,
+    #72); on CUDA the row is filled up with documents whose targets are -1."""
     token_T, target_T = (torch.from_numpy(x.astype(np.int64)) for x in (part.input_T, part.target_T))
-    if device.type == "cuda":
+    bounds = recut(part.bounds, max_len)
+    if fixed is not None:
+        filler = max(0, fixed.row_tokens - len(token_T))
+        ends = np.arange(len(token_T), len(token_T) + filler, max_len)[1:]
+        bounds = np.concatenate([bounds, ends, [len(token_T) + filler]])
+        bounds = np.concatenate([bounds, np.full(max(0, fixed.max_documents + 1 - len(bounds)), bounds[-1])])
+        token_T, target_T = F.pad(token_T, (0, filler)), F.pad(target_T, (0, filler), value=-1)
         token_T, target_T = (x.pin_memory().to(device, non_blocking=True) for x in (token_T, target_T))
-    return token_T, target_T, documents(part.bounds, max_len, device)
+    return token_T, target_T, documents(bounds, max_len, device)
+
+
+def recut(bounds: np.ndarray, max_len: int) -> np.ndarray:
+    """Bounds of documents -> those of their pieces of at most `max_len` tokens.
+
+    >>> recut(np.array([0, 5, 7]), 2).tolist()
+    [0, 2, 4, 5, 7]
+    """
+    pieces = -(-np.diff(bounds) // max_len)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return np.append(np.repeat(bounds[:-1], pieces) + piece * max_len, bounds[-1]).astype(np.int32)
 
 
 @torch.no_grad()
-def evaluate(model, stream: Stream, val_tokens: int, cfg: Config, world: "World", bin_N=None) -> dict:
+def evaluate(
+    model, stream: Stream, val_tokens: int, cfg: Config, world: World, bin_N=None, fixed: Fixed | None = None
+) -> dict:
     """Mean cross-entropy (nats) over the first `val_tokens` of `stream`, and over each bin of segments.
 
     Rows hold whole segments, as in scoring. Bins without a token are null.
@@ -385,7 +676,7 @@ def evaluate(model, stream: Stream, val_tokens: int, cfg: Config, world: "World"
         if begin >= end:
             break
         part = stream.read(begin, end)
-        nll_T = model(*to_device(part, cfg.data.seq_len, world.device)).double().cpu()
+        nll_T = model(*to_device(part, cfg.data.seq_len, world.device, fixed))[: end - begin].double().cpu()
         documents_T = np.repeat(np.arange(first, first + len(part.bounds) - 1), np.diff(part.bounds))
         bin_T = torch.from_numpy((bin_N[documents_T] if bin_N is not None else 0 * documents_T).astype(np.int64))
         sums[0].index_add_(0, bin_T, nll_T)
@@ -397,357 +688,238 @@ def evaluate(model, stream: Stream, val_tokens: int, cfg: Config, world: "World"
     return record
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
-class World:
-    """This process among those `torchrun` started (or alone)."""
-
-    def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum over processes; x may lie on any device."""
-        if self.size == 1:
-            return x
-        x = x.to(self.device)
-        dist.all_reduce(x)
-        return x.cpu()
-
-    def sum_gradients(self, sums: "PairwiseSum", model: nn.Module) -> None:
-        """Set every parameter's gradient to the sum over all micro-batches of all processes."""
-        # In a short last batch a process may be without a micro-batch: it takes part with zeros.
-        gradients = sums.total() or [torch.zeros_like(p) for p in model.parameters()]
-        if self.size > 1:
-            for wait in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                wait.wait()
-        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-
-    def agrees(self, flag: bool) -> bool:
-        """The first process's opinion: clocks differ, and all must stop at the same step."""
-        if self.size == 1:
-            return flag
-        told = torch.tensor([flag], dtype=torch.int32, device=self.device)
-        dist.broadcast(told, 0)
-        return bool(told.item())
-
-    def clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-class PairwiseSum:
-    """Gradients of micro-batches, added as a balanced binary tree: ((0 + 1) + (2 + 3)) + ...
-
-    A process holds a subtree, so the sum does not depend on how many processes share the work: two agree with one to
-    the bit. Added one after another they would not, and Muon and Adam amplify the last bit (3e-5 nats after 4 steps of
-    the tests' model). Holds up to log2(micro-batches) + 1 sets of gradients.
-    """
-
-    def __init__(self):
-        self.partial: list[tuple[int, list[Tensor]]] = []  # sizes fall from left to right, as in a binary number
-
-    def take(self, model: nn.Module) -> None:
-        """Add the gradients of the micro-batch just done, and clear them."""
-        size, gradients = 1, [p.grad for p in model.parameters()]
-        model.zero_grad(set_to_none=True)
-        while self.partial and self.partial[-1][0] == size:
-            gradients = self.merged(gradients)
-            size *= 2
-        self.partial.append((size, gradients))
-
-    def merged(self, later: list[Tensor]) -> list[Tensor]:
-        _, earlier = self.partial.pop()
-        torch._foreach_add_(earlier, later)
-        return earlier
-
-    def total(self) -> list[Tensor]:
-        gradients = self.partial.pop()[1] if self.partial else []
-        while self.partial:
-            gradients = self.merged(gradients)
-        return gradients
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints and the log
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Tensors and plain values only: no code of the file is run. Raises InputError if it is not whole."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch raises whatever its unpickler meets
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from None
-
-
-class Log:
-    """metrics.jsonl, appended and flushed row by row by the first process; `size` is part of a checkpoint."""
-
-    def __init__(self, path: Path, size: int, leads: bool):
-        self.leads, self.size = leads, size
-        if leads:
-            path.touch()
-            os.truncate(path, size)  # rows after the resume point will be written again, the same
-            self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, record: dict) -> None:
-        if self.leads:
-            line = json.dumps(record, allow_nan=False) + "\n"
-            self.file.write(line)
-            self.file.flush()
-            self.size += len(line.encode())
-
-    def say(self, message: str) -> None:
-        if self.leads:
-            print(message, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run works on, checked before it starts
-
-
-class Work(NamedTuple):
-    train: Stream
-    val: Stream
-    val_tokens: int
-    bin_N: np.ndarray | None  # of the validation segments
-    corpus: Corpus
-    steps: int
-    identity: dict  # all that must be equal for a run folder to be continued
-    order: dict  # what the log says of the order
-
-
-def prepare(cfg: Config, say) -> Work:
-    """Open shards and order; raise InputError, in one sentence, on anything that does not fit together."""
-    data = cfg.data
-    corpus = open_corpus(data.shards, quiet=True)
-    val_corpus = open_corpus(data.val_shards or corpus.folder, "val", quiet=True)
-    if (val_corpus.vocab_size, val_corpus.tokenizer) != (corpus.vocab_size, corpus.tokenizer):
-        raise InputError(f"{val_corpus.folder}: the validation shards have another tokenizer than {corpus.folder}")
-    unit, order, recipe, bin_N = data.unit, None, "stock", None
-    if data.order:
-        from curriculum.order import check_segments, load_order, load_val_bins
-
-        order = load_order(data.order)
-        unit, recipe = order.manifest["unit"], order.manifest["recipe"]
-        if order.manifest["max_len"] != data.seq_len:
-            raise InputError(
-                f"{data.order}: made for segments of at most {order.manifest['max_len']} tokens, "
-                f"data.seq_len is {data.seq_len}"
-            )
-    segments = corpus_segments(corpus, data.seq_len, unit)
-    val_segments = corpus_segments(val_corpus, data.seq_len, unit)
-    if order is not None:
-        check_segments(order, segments, data.order)
-        if "val_segments_sha256" in order.manifest:
-            if order.manifest["val_segments_sha256"] != val_segments.digest():
-                raise InputError(f"{data.order}: its validation bins were made for other validation shards")
-            bin_N = load_val_bins(data.order, order.manifest)
-    ids = np.arange(len(segments)) if order is None else np.asarray(order.ids_N)
-    train = Stream(corpus, segments, ids)
-    val = Stream(val_corpus, val_segments, np.arange(len(val_segments)))
-    steps = cfg.run.steps or -(-train.num_tokens // data.batch_tokens)
-    if (steps - 1) * data.batch_tokens >= train.num_tokens:
-        raise InputError(
-            f"run.steps {steps} of {data.batch_tokens} tokens need {steps * data.batch_tokens} tokens, "
-            f"the order holds {train.num_tokens} ({-(-train.num_tokens // data.batch_tokens)} steps)"
-        )
-    used = min(steps * data.batch_tokens, train.num_tokens)
-    if used < train.num_tokens:
-        say(f"note: the run stops after {used:,} of the order's {train.num_tokens:,} tokens; other orders see others")
-    if data.val_tokens > val.num_tokens:
-        say(f"note: only {val.num_tokens:,} validation tokens there, {data.val_tokens:,} asked for: using all")
-    order_sha256 = order.manifest["order_sha256"] if order else "stock"
-    identity = dict(
-        digest=cfg.digest(recipe),
-        name=cfg.run.name,
-        seed=cfg.run.seed,
-        order_sha256=order_sha256,
-        segments_sha256=segments.digest(),
-        val_segments_sha256=val_segments.digest(),
-    )
-    multiset_sha256 = hashlib.sha256(np.sort(ids.astype(np.int64)).data).hexdigest()
-    about = dict(recipe=recipe, order_sha256=order_sha256, multiset_sha256=multiset_sha256, tokens=train.num_tokens)
-    if order is not None:
-        keys = ("measure", "schedule", "bins", "seed", "num_segments")
-        about |= {key: order.manifest[key] for key in keys}
-    return Work(train, val, min(data.val_tokens, val.num_tokens), bin_N, corpus, steps, identity, about)
-
-
-def claim_folder(cfg: Config, work: Work, leads: bool) -> Path:
-    """The run folder, new or this very run's; another run's is refused."""
-    folder = Path(cfg.run.out_dir or f"runs/{cfg.run.name}-{work.identity['digest']}/seed{cfg.run.seed}")
-    known = folder / "config.json"
-    if known.exists():
-        stored, ours = read_json(known), cfg.model_dump(mode="json")
-        theirs, tables = stored.get("identity", {}), stored.get("config", {})
-        for key, mine in work.identity.items():
-            if theirs.get(key) != mine:
-                settings = [(f"{t}.{k}", tables.get(t, {}).get(k), v) for t in ours for k, v in ours[t].items()]
-                changed = [f"{name} {old}, now {new}" for name, old, new in settings if old != new]
-                raise InputError(
-                    f"{folder}: holds a run with another {key} ({theirs.get(key)}, this one has {mine}; "
-                    f"settings: {'; '.join(changed) or 'equal'}); choose another run.out_dir or remove the folder"
-                )
-    elif leads:
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder}: not empty and not a run folder; choose another run.out_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(known, dict(identity=work.identity, config=cfg.model_dump(mode="json")))
-    return folder
-
-
-def hardware(device: torch.device) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version())
+def validate(trainer: "Trainer", work: Work, last: bool) -> dict:
+    """Validation, with averaged weights if there are any; at the end under both public protocols: rows of 1,024 tokens
+    without a mask, as in track 3 of the speedrun, and documents with a mask, as in its main track."""
+    cfg, world = trainer.cfg, trainer.world
+    with trainer.optimizers.averaged():
+        record = evaluate(trainer.model, work.val, work.val_tokens, cfg, world, work.bin_N, trainer.fixed)
+        if last:
+            names = ("rows_nats", "documents_nats")
+            mine, other = names if work.unit == "window" else names[::-1]
+            record[mine] = record["val_nats"]
+            found = evaluate(trainer.model, work.other_val, work.val_tokens, cfg, world, fixed=trainer.fixed)
+            record[other] = found["val_nats"]
+    return record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(cfg: Config, world: World) -> None:
-    say = print if world.leads else (lambda *_, **__: None)
-    work = prepare(cfg, say)
-    num_parts = cfg.data.batch_tokens // cfg.data.micro_batch_tokens
-    if num_parts % world.size:
-        raise InputError(
-            f"{num_parts} micro-batches (data.batch_tokens / data.micro_batch_tokens) cannot be shared "
-            f"by {world.size} processes"
-        )
-    folder = claim_folder(cfg, work, world.leads)
-    model = GPT(cfg.model, work.corpus.vocab_size)
-    model.init_weights(cfg.run.seed)
-    model.to(world.device)
-    optimizers = Optimizers(model, cfg.optim)
-    step, time_s, log_size = 0, 0.0, 0
-    if (folder / "last.pt").exists():
-        saved = load_checkpoint(folder / "last.pt")
-        model.load_state_dict(saved["model"])
-        optimizers.load_state_dict(saved["optimizer"])
-        step, time_s, log_size = saved["step"], saved["time_s"], saved["log_size"]
-        say(f"{folder}: continuing at step {step} of {work.steps}")
-    log = Log(folder / "metrics.jsonl", log_size, world.leads)
-    if step == 0:
-        log.write(
-            dict(
-                kind="run",
-                name=cfg.run.name,
-                seed=cfg.run.seed,
-                steps=work.steps,
-                config=cfg.model_dump(mode="json"),
-                identity=work.identity,
-                order=work.order,
-                val_tokens=work.val_tokens,
-                parameters=sum(p.numel() for p in model.parameters()),
-                code_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-                hardware=hardware(world.device),
-                processes=world.size,
-            )
-        )
-    compiled = torch.compile(model, dynamic=False) if world.device.type == "cuda" else model
-    keep = {max(1, round(fraction * work.steps)) for fraction in cfg.run.save_at}
-    started = last_save = time.perf_counter()
-    clock, measured_from = world.clock(), step
+class Trainer(NamedTuple):
+    """What several seeds share: made, and on CUDA compiled, once."""
 
-    def save(path: Path) -> None:
+    cfg: Config
+    model: GPT
+    optimizers: Optimizers
+    world: World
+    fixed: Fixed | None
+
+
+def train(cfg: Config, world: World) -> bool:
+    """Run all seeds of `cfg`; False if time was up before the end."""
+    say = print if world.leads else (lambda *_, **__: None)
+    runs.check_mirrors(cfg)
+    started, trainer = time.perf_counter(), None
+    for one in cfg.seeds():
+        work = prepare(one, say)
+        for parts in set(work.parts_S.tolist()):
+            if parts % world.size:
+                raise InputError(
+                    f"{parts} micro-batches (a step's tokens / data.micro_batch_tokens) cannot be shared "
+                    f"by {world.size} processes"
+                )
+        folder = runs.claim_folder(one, work, world.leads)
+        try:
+            trainer = trainer or make_trainer(cfg, work, world)
+            if not train_seed(one, work, folder, trainer, started):
+                return False
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            raise InputError(
+                f"out of memory ({str(error).splitlines()[0]}); lower data.micro_batch_tokens, now "
+                f"{cfg.data.micro_batch_tokens}: the result stays the same, up to rounding"
+            ) from None
+    return True
+
+
+def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
+    model = GPT(cfg.model, work.corpus.vocab_size).to(world.device)
+    optimizers = Optimizers(model, cfg.optim, world)
+    if world.device.type == "cpu":
+        return Trainer(cfg, model, optimizers, world, None)
+    cap = min(1.0, *cfg.data.seq_schedule, 1.0) * cfg.data.seq_len
+    row_tokens = cfg.data.micro_batch_tokens
+    most = max(most_documents(stream, row_tokens) for stream in (work.train, work.val, work.other_val))
+    fixed = Fixed(row_tokens, -(-int(most + 2 * row_tokens / cap) // 64) * 64)
+    trainer = Trainer(cfg, model, optimizers, world, fixed)
+    model.hidden = torch.compile(model.hidden, dynamic=False)
+    # Compile before the clock runs: one step at every window size, and an evaluation. Weights come afterwards.
+    model.init_weights(0)
+    part = work.train.read(0, min(row_tokens, work.train.num_tokens))
+    for share in dict.fromkeys(cfg.model.window_schedule or (1.0,)):
+        model(*to_device(part, cfg.data.seq_len, world.device, fixed), share, cfg.model.mtp_weights).sum().backward()
+        optimizers.step([p.grad for p in model.parameters()], cfg.optim.adam_every - 1, 0.0)
+        model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        model(*to_device(part, cfg.data.seq_len, world.device, fixed))
+    torch.cuda.reset_peak_memory_stats()
+    return trainer
+
+
+def most_documents(stream: Stream, row_tokens: int) -> int:
+    """No row of `row_tokens` consecutive tokens of the stream holds more documents, cut ones counted."""
+    begin_N = stream.end - stream.segments.length_N[stream.ids]
+    return int((np.searchsorted(begin_N, stream.end - 1 + row_tokens) - np.arange(len(begin_N))).max())
+
+
+def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started: float) -> bool:
+    """One run, from its beginning or its resume point to its end. False if time was up before."""
+    model, optimizers, world = trainer.model, trainer.optimizers, trainer.world
+    say = print if world.leads else (lambda *_, **__: None)
+    model.init_weights(cfg.run.seed)
+    optimizers.reset()
+    step, time_s, log_size, target = 0, 0.0, 0, None
+    if saved := runs.newest_resume_point(folder, world.leads, say):
+        optimizers.load_weights(saved)
+        optimizers.load_state_dict(saved["optimizer"])
+        step, time_s, log_size, target = saved["step"], saved["time_s"], saved["log_size"], saved.get("target")
+        say(f"{folder}: continuing at step {step} of {work.steps}")
+    log = runs.Log(
+        folder / "metrics.jsonl", log_size, world.leads, runs.open_mirrors(cfg, work, folder) if world.leads else []
+    )
+    flops, peak = model.flops_per_token(work.train.segments.length_N), runs.peak_flops(world.device)
+    if step == 0:
+        size = sum(p.numel() for p in model.parameters())
+        log.write(
+            runs.about_run(cfg, work, world.device, world.size, parameters=size, flops_per_token=flops, peak_flops=peak)
+        )
+    total, tokens = int(work.begin_S[-1]), int(work.begin_S[step])
+    keep = {max(1, round(fraction * work.steps)) for fraction in cfg.run.save_at}
+    last_save, clock, measured_from = time.perf_counter(), world.clock(), step
+    rate_from = (tokens, time_s)  # tokens/s are measured from one logged row to the next
+
+    def save(*paths: Path) -> None:
+        """All processes take part in collecting the optimizers' state; the first writes."""
         state = dict(
             step=step,
             time_s=time_s,
             log_size=log.size,
-            model=model.state_dict(),
+            target=target,
             optimizer=optimizers.state_dict(),
             vocab_size=work.corpus.vocab_size,
             config=cfg.model_dump(mode="json"),
             identity=work.identity,
+            **optimizers.weights(),
         )
+        if not all(torch.isfinite(values).all() for values in state["model"].values()):
+            raise InputError(diverged("weights are not finite", step, folder))
         if world.leads:
-            save_checkpoint(path, state)
+            for path in paths:
+                runs.save_checkpoint(path, state)
+            runs.save_resume_point(folder, state, cfg.run.keep_checkpoints)
 
-    source = batches(
-        work.train,
-        cfg.data.batch_tokens,
-        num_parts,
-        first_step=step,
-        steps=work.steps,
-        rank=world.rank,
-        world=world.size,
-    )
-    wait_s, ready = 0.0, prefetched(source)
-    while True:
+    wait_s, ready = 0.0, prefetched(placed_batches(cfg, work, step, trainer))
+    while step < work.steps:
         asked = time.perf_counter()
-        batch = next(ready, None)
-        if batch is None:
-            break
+        parts = next(ready)
         wait_s += time.perf_counter() - asked
+        progress = tokens / total
+        tied = progress < cfg.model.tie_frac
+        if not tied and step and work.begin_S[step - 1] / total < cfg.model.tie_frac:
+            optimizers.untie()
+        ahead = [w * (1 - 1.5 * progress) for w in cfg.model.mtp_weights if progress < 2 / 3]
+        window_share = stage(cfg.model.window_schedule, progress)
+        next_tokens = int(work.begin_S[step + 1])
         loss, gradients = torch.zeros((), device=world.device), PairwiseSum()
-        for part in batch.parts:
-            part_loss = compiled(*to_device(part, cfg.data.seq_len, world.device)).sum() / batch.num_tokens
+        for part in parts:
+            nll_T = model(*part, window_share, ahead)
+            part_loss = nll_T.sum() / (next_tokens - tokens)
             part_loss.backward()
-            gradients.take(model)
+            if tied:
+                model.head.grad += model.embed.grad
+                model.embed.grad.zero_()
+            gradients.take([p.grad for p in model.parameters()])
+            model.zero_grad(set_to_none=True)
             loss += part_loss.detach()
-        world.sum_gradients(gradients, model)
-        optimizers.step(batch.step / work.steps)
-        step = batch.step + 1
-        tokens = min(step * cfg.data.batch_tokens, work.train.num_tokens)
-        last = step == work.steps
+        # In a short last batch a process may be without a micro-batch: it takes part with zeros.
+        summed = gradients.total() or [torch.zeros_like(p) for p in model.parameters()]
+        # Batch-size schedule (#46: -65 steps): the learning rate goes with the square root of the batch.
+        optimizers.step(summed, step, progress, stage(cfg.data.batch_schedule, progress))
+        if tied:
+            model.embed.data.copy_(model.head.data)
+        step, tokens = step + 1, next_tokens
+        last, kept = step == work.steps, step in keep
 
-        if step % cfg.run.log_every == 0 or last:
+        logged = step % cfg.run.log_every == 0
+        if logged or last or kept:
             train_nats = world.sum(loss).item()
             time_s, clock = time_s + world.clock() - clock, world.clock()
-            if not np.isfinite(train_nats):
-                raise InputError(
-                    f"the loss is {train_nats} at step {step}: the run diverged; lower the learning rates "
-                    f"(the last good checkpoint is in {folder})"
-                )
-            log.write(
-                dict(step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3), wait_s=round(wait_s, 4))
+            if not math.isfinite(train_nats) or step > work.steps / 10 and train_nats > math.log(model.vocab_size) + 1:
+                raise InputError(diverged(f"the loss is {train_nats:.4g}", step, folder))
+        if logged or last:
+            per_second = (tokens - rate_from[0]) / max(time_s - rate_from[1], 1e-9)
+            rate_from = (tokens, time_s)
+            mfu = flops * per_second / (peak * world.size) if peak else None
+            numbers = dict(tokens_per_second=round(per_second), mfu=mfu, memory_gib=runs.memory_gib(world.device))
+            row = dict(
+                step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3), wait_s=round(wait_s, 4)
             )
-            log.say(f"step:{step}/{work.steps} train_loss:{train_nats:.4f} train_time:{1000 * time_s:.0f}ms")
-        if step % cfg.data.val_every == 0 or last:  # the clock stands still here
+            log.write(row | {key: value for key, value in numbers.items() if value is not None})
+            log.say(
+                f"step:{step}/{work.steps} train_loss:{train_nats:.4f} train_time:{1000 * time_s:.0f}ms "
+                f"tok/s:{per_second:.0f} {f'mfu:{100 * mfu:.1f}% ' if mfu else ''}"
+                f"eta:{(total - tokens) / per_second:.0f}s"
+            )
+        late = cfg.data.val_every_late if step > 0.9 * work.steps else 0
+        if step % (late or cfg.data.val_every) == 0 or last:  # the clock stands still here
             time_s += world.clock() - clock
-            record = evaluate(compiled, work.val, work.val_tokens, cfg, world, work.bin_N)
-            log.write(dict(step=step, tokens=tokens, **record, time_s=round(time_s, 3)))
+            record = validate(trainer, work, last)
+            if cfg.run.target_nats and target is None and record["val_nats"] <= cfg.run.target_nats:
+                target = dict(target_tokens=tokens, target_s=round(time_s, 3))
+                log.say(f"{folder}: reached {cfg.run.target_nats} nats after {tokens:,} tokens, {time_s:.1f} s")
+            log.write(dict(step=step, tokens=tokens, **record, time_s=round(time_s, 3), **(target or {})))
             log.say(
                 f"step:{step}/{work.steps} val_loss:{record['val_nats']:.5f} train_time:{1000 * time_s:.0f}ms "
-                f"step_avg:{1000 * time_s / max(step, 1):.2f}ms"
+                f"step_avg:{1000 * time_s / step:.2f}ms"
             )
             clock = world.clock()
         out_of_time = bool(cfg.run.max_seconds) and time.perf_counter() - started > cfg.run.max_seconds
         due = time.perf_counter() - last_save > cfg.run.checkpoint_seconds
         # Asked at logged steps only: agreeing waits for the device, as logging has just done.
-        logged = step % cfg.run.log_every == 0
-        if step in keep or last or (logged and world.agrees(due or out_of_time)):
+        if kept or last or (logged and world.agrees(due or out_of_time)):
             time_s += world.clock() - clock
-            if step in keep:
-                save(folder / f"step{step}.pt")
-            save(folder / "last.pt")
+            save(*[folder / f"step{step}.pt"] if kept else [])
             last_save = time.perf_counter()
             if logged and not last and world.agrees(out_of_time):
                 log.say(f"{folder}: stopped after {cfg.run.max_seconds:g} s at step {step} of {work.steps}")
-                return
+                return False
             clock = world.clock()
     log.say(f"{folder}: finished {work.steps} steps, {(step - measured_from)} of them now")
+    return True
+
+
+def placed_batches(cfg: Config, work: Work, first_step: int, trainer: Trainer) -> Iterator[list]:
+    """This process's micro-batches of every step, on the device. Runs ahead, in a thread."""
+    world, total = trainer.world, int(work.begin_S[-1])
+    for step in range(first_step, work.steps):
+        begin, end = (int(x) for x in work.begin_S[step : step + 2])
+        num_parts = int(work.parts_S[step])
+        max_len = round(cfg.data.seq_len * stage(cfg.data.seq_schedule, begin / total))
+        cuts = [begin + (end - begin) * i // num_parts for i in range(num_parts + 1)]
+        mine = range(world.rank * num_parts // world.size, (world.rank + 1) * num_parts // world.size)
+        # A last batch of fewer tokens than micro-batches leaves some empty.
+        spans = [(cuts[i], cuts[i + 1]) for i in mine if cuts[i + 1] > cuts[i]]
+        yield [to_device(work.train.read(a, b), max_len, world.device, trainer.fixed) for a, b in spans]
+
+
+def diverged(what: str, step: int, folder: Path) -> str:
+    """The sentence that ends a run which has gone astray; a state like that is never saved."""
+    return (
+        f"{what} at step {step}: the run diverged; lower the learning rates (the last good checkpoint is in {folder})"
+    )
 
 
 def keep_freed_memory() -> None:
@@ -762,7 +934,12 @@ def keep_freed_memory() -> None:
 def main() -> None:
     world = World()
     try:
-        train(CONFIG, world)
+        if "--ablate" in sys.argv:
+            from curriculum.ablate import ablate
+
+            ablate(CONFIG, lambda cfg: train(cfg, world), world.leads)
+        else:
+            train(CONFIG, world)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -40,7 +40,7 @@ class Run(Table):
     name: Annotated[str, Field(pattern=r"^[\w.+-]+$")] = "run"
     """Name of the arm: runs of one name are seeds of one experiment (letters, digits, . _ + -)."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the initial weights. {seed} in data.order and in run.out_dir stands for it."""
+    """Seed of the initial weights; {seed} in data.order and run.out_dir stands for it."""
     num_seeds: Annotated[int, Field(ge=1)] = 1
     """Run this many seeds one after another, from run.seed on, in one process that compiles once."""
     steps: Annotated[int, Field(ge=0)] = 0
@@ -258,8 +258,10 @@ class Config(Table):
             raise ValueError(f"model.short_window {model.short_window} is longer than model.window {model.window}")
         if model.window_schedule and not (model.window or model.short_window):
             raise ValueError("model.window_schedule needs model.window or model.short_window: there is none to grow")
-        if model.smear and model.model_dim < GATE_DIM or model.attention_gate and model.model_dim < GATE_DIM:
+        if (model.smear or model.attention_gate) and model.model_dim < GATE_DIM:
             raise ValueError(f"model.model_dim {model.model_dim}: gates read {GATE_DIM} numbers of the stream")
+        if (model.skip or model.backout) and model.num_layers < 4:
+            raise ValueError(f"model.skip and model.backout need 4 layers, model.num_layers is {model.num_layers}")
         if 2 * model.num_value_embeds > model.num_layers:
             raise ValueError(
                 f"model.num_value_embeds {model.num_value_embeds} takes {2 * model.num_value_embeds} layers, "
@@ -272,6 +274,20 @@ class Config(Table):
         if any(not 0 < fraction <= 1 for fraction in self.run.save_at):
             raise ValueError(f"run.save_at {list(self.run.save_at)}: fractions must lie in (0, 1]")
         return self
+
+    def seeds(self) -> "list[Config]":
+        """One config for each of its seeds, places filled in; several seeds in one run.out_dir get folders below it."""
+        first, several = self.run.seed, self.run.num_seeds > 1
+        configs = []
+        for seed in range(first, first + self.run.num_seeds):
+            out_dir = self.run.out_dir
+            if several and out_dir and "{seed}" not in out_dir:
+                out_dir += "/seed{seed}"
+            run = dict(seed=seed, num_seeds=1, out_dir=out_dir.replace("{seed}", str(seed)))
+            data = dict(order=self.data.order.replace("{seed}", str(seed)))
+            tables = dict(run=self.run.model_copy(update=run), data=self.data.model_copy(update=data))
+            configs.append(self.model_copy(update=tables))
+        return configs
 
     def digest(self, order_recipe: str = "") -> str:
         """12 hex digits of all that changes numbers, seeds apart: the arm, not the run.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from curriculum.config import Config, validate
+from curriculum.config import Config, Optim, validate
 from curriculum.moments import softcapped
 from data.cli import InputError
 
@@ -38,8 +38,8 @@ def rows_of(out: Path) -> list[dict]:
     """metrics.jsonl without the times and places, which may differ between equal runs."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        row.pop("time_s", None)
-        row.pop("wait_s", None)
+        for key in ("time_s", "wait_s", "tokens_per_second", "memory_gib"):
+            row.pop(key, None)
     assert rows[0].pop("kind") == "run"
     return rows[1:]
 
@@ -116,10 +116,14 @@ def test_head_loss_and_gradient_equal_autograd(cap):
     target = torch.randint(40, (700,))
     expected_T = F.cross_entropy(softcapped(hidden @ head.T, cap), target, reduction="none")
     expected = torch.autograd.grad(expected_T.sum() / 5, (hidden, head))
-    found_T = train_gpt.HeadLoss.apply(hidden, head, target, cap)
+    found_T = train_gpt.HeadLoss.apply(hidden, head, None, target[None], torch.ones(1), cap)
     found = torch.autograd.grad(found_T.sum() / 5, (hidden, head))
     torch.testing.assert_close(found_T, expected_T)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def muon(parameters: list, **settings) -> train_gpt.Muon:
+    return train_gpt.Muon(parameters, Optim(**settings), train_gpt.World())
 
 
 def test_muon_equals_torch_muon():
@@ -127,12 +131,11 @@ def test_muon_equals_torch_muon():
     torch.manual_seed(0)
     start, gradients = torch.randn(24, 48), torch.randn(3, 24, 48)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    kwargs = dict(lr=0.1, momentum=0.9, weight_decay=0.3)
-    mine = train_gpt.Muon([ours], iterations=5, **kwargs)
-    other = torch.optim.Muon([theirs], **kwargs)
+    mine = muon([ours], muon_lr=0.1, muon_weight_decay=0.3)
+    other = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.3)
     for gradient in gradients:
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        mine.step()
+        theirs.grad = gradient.clone()
+        mine.step([gradient[None].clone()], scale=1.0, momentum=0.9)
         other.step()
     moved = (theirs - start).norm()
     assert (ours - theirs).norm() < 0.02 * moved
@@ -142,12 +145,11 @@ def test_muon_steps_a_stack_like_single_matrices():
     torch.manual_seed(0)
     stack = torch.nn.Parameter(torch.randn(3, 16, 8))
     singles = [torch.nn.Parameter(m.clone()) for m in stack.detach()]
-    kwargs = dict(lr=0.1, momentum=0.9, weight_decay=0.1, iterations=5)
-    stack.grad = torch.randn(3, 16, 8)
-    for single, gradient in zip(singles, stack.grad, strict=True):
-        single.grad = gradient.clone()
-    train_gpt.Muon([stack], **kwargs).step()
-    train_gpt.Muon(singles, **kwargs).step()
+    gradient = torch.randn(3, 16, 8)
+    settings = dict(muon_lr=0.1, muon_weight_decay=0.1, normuon_beta=0.9, cautious=True)
+    muon([stack], **settings).step([gradient], 0.5, 0.9)
+    for single, part in zip(singles, gradient, strict=True):
+        muon([single], **settings).step([part[None]], 0.5, 0.9)
     torch.testing.assert_close(stack.detach(), torch.stack([s.detach() for s in singles]))
 
 
@@ -256,11 +258,33 @@ def test_another_runs_folder_is_refused_and_left_alone(tiny_corpus, tmp_path):
     assert before == {p: p.read_bytes() for p in out.iterdir()}
 
 
-def test_a_damaged_checkpoint_is_a_sentence(tiny_corpus, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny_corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    cfg = tiny_config(tiny_corpus, out, steps=3, keep_checkpoints=3)
+    train_gpt.train(cfg, train_gpt.World())
+    rows, weights = rows_of(out), train_gpt.load_checkpoint(out / "last.pt")["model"]
+    steps = {path.name: train_gpt.load_checkpoint(path)["step"] for path in sorted(out.glob("last*.pt"))}
+    assert steps == {"last.pt": 3, "last-1.pt": 2, "last-2.pt": 1}
+    for name in ("last.pt", "last-1.pt"):  # one cut short, one with a changed bit in the middle of a tensor
+        data = bytearray((out / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (out / name).write_bytes(data[:1000] if name == "last.pt" else data)
+    train_gpt.train(cfg, train_gpt.World())
+    said = capsys.readouterr().out
+    assert "last.pt: not a readable checkpoint" in said and "the checksum of " in said
+    assert "continuing at step 1 of 3" in said
+    assert rows_of(out) == rows
+    again = train_gpt.load_checkpoint(out / "last.pt")["model"]
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_damaged_checkpoints_alone_are_a_sentence(tiny_corpus, tmp_path):
     out = tmp_path / "run"
     train_gpt.train(tiny_config(tiny_corpus, out, steps=3), train_gpt.World())
-    (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:1000])
-    assert "not a readable checkpoint" in refusal(tiny_config(tiny_corpus, out, steps=3))
+    for path in out.glob("last*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert "not a readable checkpoint, and no older one" in refusal(tiny_config(tiny_corpus, out, steps=3))
+    assert len(list(out.glob("last*.pt"))) == 2, "nothing is put aside that may still be of use"
 
 
 def test_divergence_is_a_sentence(tiny_corpus, tmp_path):
