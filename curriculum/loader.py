@@ -18,13 +18,15 @@ Shapes: T tokens of one flat row   N segments, or pieces of them   S steps   C c
 
 import hashlib
 import mmap
+import os
 import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,7 @@ from data.shards import HEADER_BYTES, Corpus, open_corpus, read_shard
 
 UNCUT = 2**62  # no document is longer
 IGNORED = -100  # the target that torch's and Hugging Face's cross-entropy leave out
+SAMPLED_PAGES = 16  # of a batch: if these are in memory, its pages are not asked for
 STATE_VERSION = 1
 
 
@@ -58,8 +61,11 @@ class Counters:
     wait_seconds: float = 0.0  # that the taker stood still
 
     def add(self, other: "Counters") -> None:
-        for name, value in zip(self.__dict__, astuple(other), strict=True):
-            setattr(self, name, getattr(self, name) + value)
+        self.tokens += other.tokens
+        self.segments += other.segments
+        self.cut_segments += other.cut_segments
+        self.bytes_read += other.bytes_read
+        self.wait_seconds += other.wait_seconds
 
 
 class Batch(NamedTuple):
@@ -74,13 +80,14 @@ class Batch(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens begin..end of a stream lie: slices of shards, and how they are cut into documents."""
+    """Where consecutive rows of a stream lie: slices of shards, which slices are whose, and where documents end."""
 
     shard: list[int]
     start: list[int]
     stop: list[int]  # of the inputs; targets lie one token further
-    bounds: np.ndarray
-    counts: Counters
+    slices: list[int]  # row r has slices[r]:slices[r + 1]
+    bounds: list[np.ndarray]  # of every row
+    counts: Counters  # of all rows
 
 
 class Stream:
@@ -109,52 +116,82 @@ class Stream:
 
     def read(self, begin: int, end: int, max_len: int = UNCUT) -> Packed:
         """Tokens begin..end of the stream, 0 <= begin < end <= num_tokens, in documents of at most `max_len`."""
-        return self.gather(self.places(begin, end, max_len))
+        assert begin < end
+        return self.gather(self.places([begin, end], max_len))[0]
 
-    def places(self, begin: int, end: int, max_len: int = UNCUT) -> Places:
-        assert 0 <= begin < end <= self.num_tokens and max_len >= 1
+    def places(self, cuts: Sequence[int], max_len: int = UNCUT) -> Places:
+        """Rows cuts[0]..cuts[1], cuts[1]..cuts[2] and so on of the stream, empty ones left out."""
+        cuts = np.unique(cuts)
+        if len(cuts) < 2:
+            return Places([], [], [], [0], [], Counters())
+        begin, end = int(cuts[0]), int(cuts[-1])
+        assert 0 <= begin and end <= self.num_tokens and max_len >= 1
         first, last = np.searchsorted(self.end, [begin, end - 1], side="right").tolist()
-        ids = self.ids[first : last + 1]
-        start = self.segments.start_N[ids]
-        length = self.segments.length_N[ids].astype(np.int64)
-        skipped = begin - (int(self.end[first]) - int(length[0]))
-        missing = int(self.end[last]) - end
-        start[0] += skipped
-        length[0] -= skipped
-        length[-1] -= missing
+        ids, end_N = self.ids[first : last + 1], self.end[first : last + 1]
+        begin_N = end_N - self.segments.length_N[ids]
+        edges = np.union1d(end_N[:-1], cuts)
+        at, length = edges[:-1], np.diff(edges)  # of every slice
+        of = np.searchsorted(end_N, at, side="right")  # the segment it belongs to
+        start = self.segments.start_N[ids][of] + (at - begin_N[of])
+        slices = np.searchsorted(edges, cuts).tolist()
         pieces = -(-length // max_len)
-        bounds = np.zeros(int(pieces.sum()) + 1, np.int32)
-        np.cumsum(length if len(bounds) == len(length) + 1 else piece_lengths(length, pieces, max_len), out=bounds[1:])
-        pieces[-1] += missing > 0  # what is missing is a piece of its own, elsewhere
-        begun = slice(1 if skipped else 0, None)
+        begins = at == begin_N[of]
         counts = Counters(
             tokens=end - begin,
-            segments=len(pieces[begun]),
-            cut_segments=int(np.count_nonzero(pieces[begun] > 1)),
-            bytes_read=2 * (end - begin + len(length)),
+            segments=int(np.count_nonzero(begins)),
+            cut_segments=int(np.count_nonzero(begins & ((pieces > 1) | (edges[1:] < end_N[of])))),
+            bytes_read=2 * (end - begin + len(at)),
         )
-        stop = (start + length).tolist()
-        return Places(self.segments.shard_N[ids].tolist(), start.tolist(), stop, bounds, counts)
+        bounds = [row_bounds(length[a:b], pieces[a:b], max_len) for a, b in pairwise(slices)]
+        shard = self.segments.shard_N[ids][of]
+        return Places(shard.tolist(), start.tolist(), (start + length).tolist(), slices, bounds, counts)
 
-    def gather(self, places: Places) -> Packed:
-        """The tokens at `places`. The arrays are new and writable."""
-        views, spans = self._views, list(zip(places.shard, places.start, places.stop, strict=True))
-        inputs = bytearray().join([views[shard][a:b] for shard, a, b in spans])
-        targets = bytearray().join([views[shard][a + 1 : b + 1] for shard, a, b in spans])
-        return Packed(np.frombuffer(inputs, "<u2"), np.frombuffer(targets, "<u2"), places.bounds)
+    def gather(self, places: Places) -> list[Packed]:
+        """The tokens at `places`, in new and writable arrays."""
+        views, rows = self._views, []
+        for (a, b), bounds in zip(pairwise(places.slices), places.bounds, strict=True):
+            shard, start, stop = places.shard[a:b], places.start[a:b], places.stop[a:b]
+            inputs = bytearray().join([views[s][x:y] for s, x, y in zip(shard, start, stop, strict=True)])
+            targets = bytearray().join([views[s][x + 1 : y + 1] for s, x, y in zip(shard, start, stop, strict=True)])
+            rows.append(Packed(np.frombuffer(inputs, "<u2"), np.frombuffer(targets, "<u2"), bounds))
+        return rows
 
     def touch(self, places: Places) -> None:
-        """Ask the kernel to read the pages at `places`, without waiting for them.
+        """Ask the kernel to read the pages at `places`, without waiting for them, unless they seem to be in memory.
 
         From a cold page cache the first batch then comes 50 times sooner, and a quarter of the bytes is read: left to
-        itself the kernel reads 128 KiB around every page that is missed (LOG.md, 2026-11-21).
+        itself the kernel reads 128 KiB around every page that is missed. From a warm one it would double the loader's
+        time, so a sample of the pages is looked at first (LOG.md, 2026-11-21).
         """
         if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        sample = range(0, len(places.start), max(1, len(places.start) // SAMPLED_PAGES))
+        if all(is_cached(self.corpus.paths[places.shard[i]], HEADER_BYTES + 2 * places.start[i]) for i in sample):
             return
         for shard, start, stop in zip(places.shard, places.start, places.stop, strict=True):
             at = HEADER_BYTES + 2 * start
             page = at - at % mmap.PAGESIZE
             self._maps[shard].madvise(mmap.MADV_WILLNEED, page, HEADER_BYTES + 2 * stop + 2 - page)
+
+
+def is_cached(path: Path, offset: int) -> bool:
+    """Whether a byte of a file is in the page cache. Where that cannot be asked (not Linux), it is not."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.preadv(handle, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to wait, or this file system cannot tell
+        return False
+    finally:
+        os.close(handle)
+
+
+def row_bounds(length: np.ndarray, pieces: np.ndarray, max_len: int) -> np.ndarray:
+    """Where documents end in a row of slices of these lengths, after each is cut into its number of pieces."""
+    bounds = np.zeros(int(pieces.sum()) + 1, np.int32)
+    np.cumsum(length if len(bounds) == len(length) + 1 else piece_lengths(length, pieces, max_len), out=bounds[1:])
+    return bounds
 
 
 def piece_lengths(length: np.ndarray, pieces: np.ndarray, max_len: int) -> np.ndarray:
@@ -245,24 +282,18 @@ def planned(stream: Stream, whole: Plan, steps: range, rank: int = 0, world: int
     """The batches of these steps of a plan; while one is put together, the pages of the next are on their way."""
     assert not np.any(whole.parts_S % world)
 
-    def ask(step: int) -> list[Places]:
+    def ask(step: int) -> Places:
         cuts, share = whole.cuts(step), int(whole.parts_S[step]) // world
-        mine = cuts[rank * share : (rank + 1) * share + 1]
         # A last batch of fewer tokens than micro-batches leaves some empty.
-        spans = [(a, b) for a, b in zip(mine[:-1], mine[1:], strict=True) if b > a]
-        places = [stream.places(a, b, int(whole.max_len_S[step])) for a, b in spans]
-        for part in places:
-            stream.touch(part)
+        places = stream.places(cuts[rank * share : (rank + 1) * share + 1], int(whole.max_len_S[step]))
+        stream.touch(places)
         return places
 
-    ahead = ask(steps[0]) if steps else []
+    ahead = ask(steps[0]) if steps else None
     for i, step in enumerate(steps):
-        places, ahead = ahead, ask(steps[i + 1]) if i + 1 < len(steps) else []
-        counts = Counters()
-        for part in places:
-            counts.add(part.counts)
+        places, ahead = ahead, ask(steps[i + 1]) if i + 1 < len(steps) else None
         num_tokens = int(whole.begin_S[step + 1] - whole.begin_S[step])
-        yield Batch(step, num_tokens, [stream.gather(part) for part in places], counts)
+        yield Batch(step, num_tokens, stream.gather(places), places.counts)
 
 
 def most_documents(

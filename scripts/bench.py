@@ -7,14 +7,18 @@ segments  the BOS scan and segment table, tokens/s of one core, beside the bare 
 scoring   entropy, varentropy and NLL from hidden states, beside the head's GEMM, the seed's formula and a whole GPT-2
           124M; packing of the English corpus; merging the tables of 10M segments (`score` is the same)
 order     from a measure to an order, beside np.argsort of the same array
-loader    shuffled documents to batches, beside a bare np.concatenate of the same slices
+loader    shuffled documents to batches, beside a bare np.concatenate of the same slices and a stock reader of whole
+          shards, from warm and cold page cache; the first batch of 10M segments; what a step waits for the loader
 trainer   the demo preset's training step, tokens/s, and the share of it that waits for the loader
 
 The JSON is flat: {"figure": number}, the unit or "over" in the key.
 """
 
+import hashlib
+import itertools
 import json
 import lzma
+import os
 import platform
 import subprocess
 import sys
@@ -314,8 +318,10 @@ def bench_order() -> dict:
     return {"order_seconds_per_million_segments": ours, "order_time_over_argsort": ours / argsort}
 
 
+BATCH_TOKENS, PARTS = 262_144, 8
+
+
 def bench_loader() -> dict:
-    from curriculum.loader import Stream, batches
     from data.segments import corpus_segments
     from data.shards import open_corpus, write_shard
 
@@ -323,29 +329,156 @@ def bench_loader() -> dict:
     tokens = rng.integers(0, 50256, 50_000_000, dtype=np.uint16)
     tokens[np.cumsum(rng.geometric(1 / 690, 65_000))] = 50256
     with tempfile.TemporaryDirectory() as folder:
-        write_shard(Path(folder) / "bench_train_000000.bin", tokens)
+        for shard, part in enumerate(np.array_split(tokens, 5)):
+            write_shard(Path(folder) / f"bench_train_{shard:06}.bin", part)
         corpus = open_corpus(folder, quiet=True)
         segments = corpus_segments(corpus, 1024)
         ids = rng.permutation(len(segments))
-        begin = time.perf_counter()
-        stream = Stream(corpus, segments, ids)
-        next(batches(stream, 262_144, 8, steps=1))
-        first = time.perf_counter() - begin
-        steps = stream.num_tokens // 262_144
-        begins, lengths = segments.start_N[ids].tolist(), segments.length_N[ids].tolist()
-
-        def ours():
-            for _ in batches(stream, 262_144, 8, steps=steps):
-                pass
-
-        def gather():
-            np.concatenate([tokens[a : a + n] for a, n in zip(begins, lengths, strict=True)])
-
-        mine, bare = seconds(ours, gather, repeats=3)
+        figures = bench_reading(corpus, segments, ids) | bench_cold(corpus, segments, ids)
+        waited = bench_waiting(corpus, segments, ids)
+    demo = bench_trainer()["loader_wait_over_step"]
     return {
-        "loader_tokens_per_second": steps * 262_144 / mine,
-        "loader_over_gather": bare / mine,
-        "loader_first_batch_seconds": first,
+        **figures,
+        **bench_first_batch(),
+        "loader_wait_over_step": max(waited, demo),
+        "loader_wait_over_57_ms_step": waited,
+        "loader_wait_over_demo_step": demo,
+    }
+
+
+def read_batches(stream):
+    """Tokens of every whole batch of a stream, as it comes."""
+    from curriculum.loader import batches
+
+    for batch in batches(stream, BATCH_TOKENS, PARTS, steps=stream.num_tokens // BATCH_TOKENS):
+        yield batch.num_tokens
+
+
+def stock_reader(paths):
+    """As in llm.c and modded-nanogpt: a shard is read whole, then cut."""
+    from data.shards import HEADER_BYTES
+
+    for path in paths:
+        tokens = np.fromfile(path, np.uint16, offset=HEADER_BYTES)
+        for at in range(0, len(tokens) - BATCH_TOKENS, BATCH_TOKENS):
+            _ = tokens[at : at + BATCH_TOKENS].copy(), tokens[at + 1 : at + BATCH_TOKENS + 1].copy()
+            yield BATCH_TOKENS
+
+
+def bench_reading(corpus, segments, ids) -> dict:
+    """Inputs, targets and bounds of micro-batches; the bare gather makes the inputs alone, a batch at a time."""
+    from curriculum.loader import Stream
+    from data.shards import read_shard
+
+    stream = Stream(corpus, segments, ids)
+    tokens = [np.array(read_shard(path)) for path in corpus.paths]
+    columns = (segments.shard_N[ids], segments.start_N[ids], segments.start_N[ids] + segments.length_N[ids])
+    edges = np.searchsorted(stream.end, np.arange(0, stream.num_tokens, BATCH_TOKENS)).tolist()
+    spans_of_batch = [
+        list(zip(*(column[a:b].tolist() for column in columns), strict=True)) for a, b in itertools.pairwise(edges)
+    ]
+
+    def gather():
+        for spans in spans_of_batch:
+            np.concatenate([tokens[shard][a:b] for shard, a, b in spans])
+
+    ours, bare, stock = seconds(
+        lambda: sum(read_batches(stream)), gather, lambda: sum(stock_reader(corpus.paths)), repeats=5
+    )
+    speed = sum(read_batches(stream)) / ours
+    gathered = sum(b - a for spans in spans_of_batch for _, a, b in spans) / bare
+    return {
+        "tokens_per_second": speed,
+        "loader_over_gather": speed / gathered,
+        "gather_tokens_per_second": gathered,
+        "stock_reader_tokens_per_second": sum(stock_reader(corpus.paths)) / stock,
+    }
+
+
+def bench_cold(corpus, segments, ids) -> dict:
+    """The same from a cold page cache; nothing where it cannot be emptied (not Linux)."""
+    from curriculum.loader import Stream
+
+    if not hasattr(os, "posix_fadvise"):
+        return {}
+
+    def cold(reader) -> tuple[float, float]:
+        for path in corpus.paths:  # of which no page may be mapped: mapped ones stay
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        items = reader()
+        num_tokens = next(items)
+        first = time.perf_counter() - begin
+        return first, (num_tokens + sum(items)) / (time.perf_counter() - begin)
+
+    first, speed = cold(lambda: read_batches(Stream(corpus, segments, ids)))
+    stock_first, stock_speed = cold(lambda: stock_reader(corpus.paths))
+    return {
+        "cold_tokens_per_second": speed,
+        "cold_first_batch_seconds": first,
+        "cold_stock_reader_tokens_per_second": stock_speed,
+        "cold_stock_reader_first_batch_seconds": stock_first,
+    }
+
+
+def bench_waiting(corpus, segments, ids) -> float:
+    """Share of the time that steps of 57 ms, as long as a GPU's, wait for a batch; the first batch included."""
+    from curriculum.loader import Counters, Stream, batches, prefetched
+
+    counters, stream = Counters(), Stream(corpus, segments, ids)
+    begin = time.perf_counter()
+    for _ in prefetched(batches(stream, BATCH_TOKENS, PARTS, steps=50), counters=counters):
+        time.sleep(0.057)
+    return counters.wait_seconds / (time.perf_counter() - begin)
+
+
+FIRST_BATCH = """
+import hashlib, sys, time
+import numpy as np
+from curriculum.loader import Stream, batches
+from data.segments import corpus_segments
+from data.shards import open_corpus
+folder, ids_sha256, table_sha256, progress = sys.argv[1:]
+begin = time.perf_counter()
+segments = corpus_segments(open_corpus(folder, quiet=True), 1024)
+ids = np.load(f"{folder}/order.npy", mmap_mode="r")
+assert hashlib.sha256(ids.data).hexdigest() == ids_sha256
+assert table_sha256 in ("", segments.digest())
+stream = Stream(open_corpus(folder, quiet=True), segments, ids)
+steps = stream.num_tokens // 262_144
+batch = next(batches(stream, 262_144, 8, first_step=int(float(progress) * steps), steps=steps))
+print(time.perf_counter() - begin, segments.digest(), len(segments), sum(len(part.input_T) for part in batch.parts))
+"""
+
+
+def bench_first_batch() -> dict:
+    """Shards, segment table and order of 10M segments opened and checked, each time in a process of its own."""
+    from data.segments import find_segments
+    from data.shards import write_shard
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50256, 20_000_000, dtype=np.uint16)
+    tokens[np.cumsum(rng.integers(10, 30, 1_000_000))[:-1]] = 50256  # short documents: many segments on a small disk
+    root, table = Path(__file__).parents[1], ""
+    with tempfile.TemporaryDirectory() as folder:
+        for shard in range(10):
+            write_shard(Path(folder) / f"bench_train_{shard:06}.bin", tokens)
+        ids = rng.permutation(10 * len(find_segments(tokens, 50256, 1024)[0])).astype(np.int32)
+        np.save(Path(folder) / "order.npy", ids)
+        took = []
+        for progress in (0, 0, 0.5, 0.99):
+            arguments = [folder, hashlib.sha256(ids.data).hexdigest(), table, str(progress)]
+            child = [sys.executable, "-c", FIRST_BATCH, *arguments]
+            done = subprocess.run(child, cwd=root, check=True, capture_output=True, text=True)
+            spent, table, num_segments, num_tokens = done.stdout.split()
+            assert int(num_segments) == len(ids) and int(num_tokens) == BATCH_TOKENS
+            took.append(float(spent))
+    return {
+        "first_batch_seconds": max(took[1:]),  # at the order's beginning, middle and end
+        "first_batch_seconds_without_segment_cache": took[0],
+        "first_batch_million_segments": len(ids) / 1e6,
     }
 
 
