@@ -178,13 +178,11 @@ def is_cached(path: Path, offset: int) -> bool:
     """Whether a byte of a file is in the page cache. Where that cannot be asked (not Linux), it is not."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
-    handle = os.open(path, os.O_RDONLY)
     try:
-        return os.preadv(handle, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        with open(path, "rb", buffering=0) as file:
+            return os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except OSError:  # it would have to wait, or this file system cannot tell
         return False
-    finally:
-        os.close(handle)
 
 
 def row_bounds(length: np.ndarray, pieces: np.ndarray, max_len: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import mmap
+import os
 import pickle
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from curriculum.loader import (
     Rows,
     Stream,
     batches,
+    is_cached,
     most_documents,
     open_stream,
     pinned,
@@ -250,7 +252,7 @@ def test_room_for_documents_where_short_ones_cluster(corpus):
         np.repeat(segments.length_N.argmin(), 9),
     ):
         stream = Stream(corpus, segments, ids)
-        for batch_tokens, parts in ((1, 1), (200, 1), (200, 7), (stream.num_tokens, 1), (stream.num_tokens, 5)):
+        for batch_tokens, parts in ((30, 1), (200, 1), (200, 7), (stream.num_tokens, 1), (stream.num_tokens, 5)):
             run = dict(batch_tokens=batch_tokens, num_parts=parts, steps=steps_in(stream, batch_tokens))
             fullest = max(len(part.bounds) - 1 for batch in batches(stream, **run) for part in batch.parts)
             assert most_documents(stream, **run) == fullest
@@ -328,6 +330,39 @@ def test_pages_are_asked_for_before_they_are_read(corpus, stream, monkeypatch):
             assert {(shard, byte) for byte in range(1024 + 2 * begin, 1024 + 2 * end + 2)} <= touched
     first_read = [kind for kind, *_ in events].index("read")
     assert sum(kind == "touch" for kind, *_ in events[:first_read]) > len(events) / 2 / 12  # two batches ahead of one
+
+
+@pytest.mark.parametrize(("cached", "asked"), [(lambda shard: True, False), (lambda shard: shard != 1, True)])
+def test_pages_that_are_in_memory_are_not_asked_for(corpus, stream, monkeypatch, cached, asked):
+    """And one page missing among those looked at is reason enough."""
+    calls = []
+
+    class Map:
+        def madvise(self, *advice):
+            calls.append(advice)
+
+    monkeypatch.setattr(stream, "_maps", [Map() for _ in corpus.paths])
+    monkeypatch.setattr("curriculum.loader.is_cached", lambda path, offset: cached(corpus.paths.index(path)))
+    places = stream.places([0, 2500, 5000])
+    stream.touch(places)
+    assert len(calls) == (len(places.start) if asked else 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"), reason="not Linux")
+def test_the_page_cache_is_asked(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    if not is_cached(path, 0):
+        pytest.skip("this file system cannot tell")
+    assert is_cached(path, (1 << 20) - 1) and not is_cached(path, 1 << 20)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(path, 0):
+        pytest.skip("this file system keeps its pages")
+    with open(path, "rb") as file:
+        file.read()
+    assert is_cached(path, 0)
 
 
 def test_a_stream_goes_to_another_process_without_its_tokens(stream):
