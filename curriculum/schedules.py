@@ -12,7 +12,8 @@ A schedule is written as an expression, the same in TOML and on the command line
 Weights are wishes. In an exact order (curriculum/order.py) rows and columns are scaled until every bin is used up just
 once: what a family asks of a bin at all times alike is lost there. `tilt` and `mid_out` say what that leaves of them.
 
-To add one: write a function that returns a `Schedule`, put it into FAMILIES, and a line into tests/test_schedules.py.
+To add one: write a function that returns a `Schedule`, put it into FAMILIES and into the gallery of scripts/preview.py;
+the tests try it by itself, and say so if they need the range of a new parameter.
 
 Shapes: T moments, B bins, L levels, S stages.
 """
@@ -499,7 +500,7 @@ def custom(target: str, sha256: str = "") -> Schedule:
     def weights(t_T, num_bins):
         try:
             weights_TB = np.asarray(function(t_T.copy(), num_bins), dtype=float)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             raise InputError(f"custom schedule {target!r}: called with {num_bins} bins it raised {error!r}") from error
         if weights_TB.shape != (len(t_T), num_bins):
             raise InputError(
@@ -532,8 +533,10 @@ def source_digest(target: str) -> str:
         raise InputError(f'custom schedule {target!r}: expected "module:function", e.g. custom("mine.schedules:waves")')
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
+    except ModuleNotFoundError:
         spec = None
+    except Exception as error:  # a package around it was run, and failed
+        raise InputError(f"custom schedule {target!r}: importing {module} failed: {error!r}") from error
     if spec is None or not spec.has_location or spec.origin is None:
         raise InputError(f"custom schedule {target!r}: no module {module} with a file in {Path.cwd()} or installed")
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
@@ -602,7 +605,7 @@ def read(node: ast.expr, kind: Any) -> Any:
         case ast.Call(func=ast.Name(id=name), args=positional, keywords=named) if kind is Schedule:
             return read_call(name, positional, named)
         case _ if kind in (int, float) and (value := literal(node)) is not None:
-            return value + 0 if kind is int else float(value) + 0.0  # + 0.0: minus zero is zero
+            return value if kind is int else float(value) + 0.0  # + 0.0: minus zero is zero
     raise Misread(f"{ast.unparse(node)!r} is not {worded(kind)}")
 
 

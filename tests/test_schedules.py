@@ -603,6 +603,7 @@ def test_what_a_function_may_change_is_its_own(module):
         ("return 1", r"returned shape \(\), expected"),
         ("return None", r"returned shape \(\), expected"),
         ("return 'even'", "called with 2 bins it raised ValueError"),
+        ("return t[B + 1]", "called with 2 bins it raised IndexError"),
         ("return t.reshape(3, 2)", "called with 2 bins it raised ValueError"),
         ("return np.where(t[:, None] > 0.4, np.nan, 1) * np.ones(B)", "weights at progress 0.5 are NaN or infinite"),
         ("return np.full((len(t), B), np.inf)", "weights at progress 0 are NaN or infinite"),
