@@ -179,8 +179,11 @@ def is_cached(path: Path, offset: int) -> bool:
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:
-        with open(path, "rb", buffering=0) as file:
-            return os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            return os.preadv(handle, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        finally:
+            os.close(handle)
     except OSError:  # it would have to wait, or this file system cannot tell
         return False
 
