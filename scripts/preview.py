@@ -16,13 +16,14 @@ from string import Template
 import numpy as np
 
 from curriculum.config import Optim
-from curriculum.order import CELLS, GRID, TOLERANCE, load_order, project
+from curriculum.order import GRID, TOLERANCE, load_order, project
 from curriculum.schedules import FAMILIES, parse
 from data.cli import InputError, command
 from data.files import atomic_path
 
 SHADES = " ░▒▓█"
 ROWS, COLUMNS = 16, 72
+STRETCHES = 100  # of progress, in a picture of a schedule
 NAMES = 19  # columns that the names of numbers take
 TOP = 4  # times an even share: the darkest colour of the page
 WISH, EXACT, GIVEN = "as wished", "as an exact order", "as ordered"
@@ -100,17 +101,24 @@ class Picture:
 def picture_of_order(path: Path, optim: Optim) -> Picture:
     about = load_order(path).manifest
     rank_C = np.array(about["rank_by_progress"])
-    used, held = about["num_tokens"], about["corpus_tokens"]
+    used, held, epochs = about["num_tokens"], about["corpus_tokens"], about["epochs"]
+    if about["multiset"] == "exact":
+        coverage, uses = used / epochs / held, "each once" if epochs == 1 else f"each {epochs} times"
+    else:
+        coverage = about["coverage"]
+        uses = f"a selection: {about['omitted_segments']:,} segments never, {about['repeated_segments']:,} repeated"
     return Picture(
         str(path),
         f"{about['schedule']} over {about['bins']} bins of {about['measure']}, seed {about['seed']}",
         {GIVEN: np.array(about["composition"])},
         {
             "segments": f"{about['num_segments']:,}",
-            "tokens": f"{used:,} of {held:,} scored: coverage {used / held:.1%}, each once",
+            "tokens": f"{used:,}; of {held:,} scored {coverage:.1%} are used, {uses}",
             "tokens a bin": f"{min(about['bin_tokens']):,} to {max(about['bin_tokens']):,}",
             "mean rank": f"{rank_C.mean():.3f}, {leaning(rank_C, optim)} (0 lowest {about['measure']}, 1 highest)",
             "schedule error": f"{about['schedule_error']:.1e} of a moment's tokens, at most",
+            "deviation": f"{about['largest_deviation_tokens']:,.0f} tokens of any bin from its schedule, at most",
+            "adjacent batches": f"{about['batch_distance']['mean']:.3f} apart (0 bins alike, 1 none in common)",
             "order": about["order_sha256"][:16],
             "multiset": f"{about['multiset_sha256'][:16]} (equal for orders of the same tokens)",
         },
@@ -146,7 +154,7 @@ def middle_ranks(num_bins: int) -> np.ndarray:
     return (np.arange(num_bins) + 0.5) / num_bins
 
 
-def stretches(weights_GB: np.ndarray, count: int = CELLS) -> np.ndarray:
+def stretches(weights_GB: np.ndarray, count: int = STRETCHES) -> np.ndarray:
     """Mean rows of `count` equal stretches of progress, (count, B)."""
     first = np.arange(count) * len(weights_GB) // count
     return np.add.reduceat(weights_GB, first) / np.diff(first, append=len(weights_GB))[:, None]

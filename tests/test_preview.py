@@ -3,42 +3,53 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from curriculum.config import Optim
-from curriculum.order import CELLS, GRID, build_order, project, save_order
+from curriculum.order import GRID, project, save_order
 from curriculum.schedules import FAMILIES, parse
 from data.cli import InputError, command
 from scripts import preview
 
 
 @pytest.fixture
-def order(tmp_path):
-    """An order of 400 segments, its manifest as curriculum.order writes it."""
-    rng = np.random.default_rng(0)
-    length_N = rng.integers(1, 64, 400).astype(np.int32)
-    built = build_order(rng.normal(size=400), length_N, parse("increasing"), 8, 0)
-    manifest = dict(
-        scores=dict(folder="scores", id="0" * 12, segments_sha256="0" * 64),
-        measure="entropy",
-        schedule="increasing(sigma=0.08)",
-        bins=8,
-        seed=0,
-        multiset="exact",
-        budget_tokens=0,
-        subset_seed=0,
-        num_segments=400,
-        num_tokens=int(length_N.sum()),
-        corpus_tokens=int(length_N.sum()),
-        bin_tokens=built.bin_tokens_B.tolist(),
-        schedule_error=built.schedule_error,
-        composition=built.composition_CB.tolist(),
-        rank_by_progress=built.rank_C.tolist(),
-    )
-    save_order(tmp_path / "up-0.npy", built.order_N, manifest)
-    return tmp_path / "up-0.npy"
+def make_order(tmp_path):
+    """An order of 400 segments with the manifest that curriculum.order writes; some of its entries may be given."""
+
+    def make(**entries) -> Path:
+        composition_CB = preview.stretches(parse("increasing").weights((np.arange(GRID) + 0.5) / GRID, 8))
+        manifest = dict(
+            scores=dict(folder="scores", id="0" * 12, segments_sha256="0" * 64),
+            measure="entropy",
+            schedule="increasing(sigma=0.08)",
+            bins=8,
+            seed=0,
+            multiset="exact",
+            epochs=1,
+            budget_tokens=0,
+            subset_seed=0,
+            num_segments=400,
+            num_tokens=8000,
+            corpus_tokens=16000,
+            bin_tokens=[1000] * 8,
+            schedule_error=1e-10,
+            largest_deviation_tokens=31.5,
+            batch_distance=dict(mean=0.125, largest=0.5),
+            composition=composition_CB.tolist(),
+            rank_by_progress=(composition_CB @ preview.middle_ranks(8)).tolist(),
+        )
+        save_order(tmp_path / "up-0.npy", np.arange(400), manifest | entries)
+        return tmp_path / "up-0.npy"
+
+    return make
+
+
+@pytest.fixture
+def order(make_order):
+    return make_order()
 
 
 def figures(page: str) -> list[dict]:
@@ -55,8 +66,25 @@ def test_an_order_is_drawn_with_its_numbers(order, capsys):
     picture = lines[3:11]
     dark = [line.index("█") for line in picture]
     assert dark == sorted(dark, reverse=True) and dark[-1] < 6  # the highest bin, on top, comes last
-    assert any(line.startswith("  mean rank          0.5") for line in lines)
-    assert any("400" in line for line in lines)
+    assert "  segments           400" in lines
+    assert "  tokens             8,000; of 16,000 scored 50.0% are used, each once" in lines
+    assert "  deviation          32 tokens of any bin from its schedule, at most" in lines
+    assert any(line.startswith("  mean rank          0.500, LR-weighted 0.36") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (dict(epochs=4), "8,000; of 16,000 scored 12.5% are used, each 4 times"),
+        (
+            dict(multiset="reweight", coverage=0.3, omitted_segments=250, repeated_segments=1000),
+            "8,000; of 16,000 scored 30.0% are used, a selection: 250 segments never, 1,000 repeated",
+        ),
+    ],
+)
+def test_repeats_and_selections_are_named_as_such(entries, said, make_order, capsys):
+    preview.main(make_order(**entries))
+    assert f"  tokens             {said}" in capsys.readouterr().out.splitlines()
 
 
 def test_a_schedule_is_drawn_as_wished_and_as_an_exact_order(capsys):
@@ -106,8 +134,8 @@ def test_the_text_picture_is_the_array(num_bins):
 def test_stretches_are_means_and_keep_every_token():
     weights_GB = np.random.default_rng(0).random((GRID, 3))
     stretch_CB = preview.stretches(weights_GB)
-    assert stretch_CB.shape == (CELLS, 3)
-    sizes = np.diff(np.arange(CELLS + 1) * GRID // CELLS)
+    assert stretch_CB.shape == (100, 3)
+    sizes = np.diff(np.arange(101) * GRID // 100)
     np.testing.assert_allclose(sizes @ stretch_CB, weights_GB.sum(0))
     np.testing.assert_allclose(stretch_CB[0], weights_GB[: sizes[0]].mean(0))
 

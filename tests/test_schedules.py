@@ -372,7 +372,7 @@ def test_a_placebo_keeps_every_quota(text, num_bins, seed):
         except InputError as refusal:
             assert "the schedule" in str(refusal)
             return
-        counts.append(np.cumsum(built.bin_N[built.order_N][:, None] == np.arange(num_bins), axis=0))
+        counts.append(np.cumsum(built.bin_M[:, None] == np.arange(num_bins), axis=0))
     assert np.abs(counts[0] - counts[1]).max() <= 1
 
 
