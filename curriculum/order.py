@@ -1,39 +1,58 @@
 """Orders: the whole curriculum as one array of segment ids.
 
-    scores -> sort by a measure -> B bins of equal tokens -> schedule -> emission time of every segment -> argsort
+    scores -> sort by a measure -> bins of equal tokens -> schedule -> emission time of every segment -> sort by time
 
 **Emission time.** Let C_b(t) be the share of bin b that the schedule has asked for by progress t, and let q be the
-mid-point of a segment in its bin's shuffled token stream. The segment is due at tau = C_b^-1(q), and the order is
-argsort(tau): every segment exactly once, bins interleaved evenly, and at every tau no bin off its schedule by more
-than half its longest segment. The schedule is first projected (Sinkhorn) so that each moment emits one moment's worth
-of tokens and each bin is used up exactly at the end: every arm trains on the same tokens, only their order differs.
+mid-point of a segment in its bin's shuffled token stream. The segment is due at tau = C_b^-1(q), and the order sorts
+by tau: every segment exactly once, bins interleaved evenly, and at every tau no bin off its schedule by more than half
+its longest segment. The schedule is first projected (Sinkhorn) so that each moment emits one moment's worth of tokens
+and each bin is used up exactly at the end: every arm trains on the same tokens, only their order differs.
+
+Two things can be asked beside that. `--epochs E` uses every segment E times: a bin's stream is then E shuffles of it,
+one after another, under one schedule for the whole run. `--multiset reweight` leaves the schedule as it is over a
+budget of tokens: bins that are asked for more than they hold repeat, others are left out. That is a selection of data,
+not an order of it, and is labelled so.
 
     python -m curriculum.order --scores scores/ --measure entropy --schedule "then(fold(5), random, tau=0.2)" \\
         --bins 16 --seed 0 --out orders/fold5-0.npy
 
-writes the permutation (int32 or int64 ids in training order) and, beside it, fold5-0.json: where it came from, hashes
-that tie it to its scores and shards, and its composition over progress. Where validation shards were scored too, also
-fold5-0.val.npy: the bin of every validation segment, by the same edges, for the per-bin validation loss.
+writes the order (int32 or int64 ids in training order) and, beside it, fold5-0.json: where it came from, hashes that
+tie it to its scores and shards, and what it does (`curriculum.diagnostics`). Where validation shards were scored too,
+also fold5-0.val.npy: the bin of every validation segment, by the same edges, for the per-bin validation loss.
+
+    N segments   M entries of an order   S bins   G cells of progress   C rows of the manifest's composition
+
+**Ten billion segments** do not fit one machine's memory; nothing here needs them to. (1) Two additive passes over the
+score tables give every bin's edges (`bins.radix_edges`; 64 bins, 256 KiB of counts an edge) and its tokens. (2) The
+schedule is projected: it knows masses, not segments. (3) A segment's place q in its bin's stream is drawn as a uniform
+number from a hash of (seed, id) instead of a shuffle's cumulative sum, and tau follows from its value, its bin and q
+alone: any worker, any piece of the table. (4) Workers append (tau, id) to the file of tau's time block, 1,024 of them,
+and each block, 10^7 entries, is sorted by itself when training comes near it. Even spacing within a bin is lost in
+(3), a random fluctuation of the size of a shuffle's; exactly-once is not.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from curriculum.bins import Bins, Layout, cut_bins, deal_bins, place
+from curriculum.diagnostics import describe
 from curriculum.measures import evaluate
 from curriculum.schedules import Schedule, parse
 from data.cli import InputError, command
 from data.files import atomic_path, digest, read_json, write_json
 from data.segments import Segments
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 GRID = 2048  # cells of progress on which a schedule is evaluated
 TOLERANCE = 1e-9  # Sinkhorn's goal: relative error of every moment's token mass; columns are exact
 USABLE = 1e-3  # above this error after MAX_SWEEPS the schedule cannot be met and is refused
 MAX_SWEEPS = 5000
-CELLS = 100  # rows of the composition kept in the manifest
+MOST_REPEATS = 1000  # of a segment, in a reweighted order
 SUBSET, SHUFFLE, IID, PLACEBO = range(4)  # purposes of random streams: default_rng([seed, purpose, ...])
 
 
@@ -46,19 +65,34 @@ def main(
     seed: int = 0,
     tokens: int = 0,
     subset_seed: int = 0,
+    epochs: int = 1,
+    multiset: Literal["exact", "reweight"] = "exact",
+    second_bins: int = 1,
+    axis: int = 1,
+    hold_extremes: float = 0.0,
+    config: Path | None = None,
 ) -> None:
     """Sort scored segments into bins and write the order in which a schedule visits them.
 
     Args:
         scores: folder written by curriculum.score.
         out: the order file to write (.npy); its manifest goes beside it (.json).
-        measure: a column of the score table, or an arithmetic expression over columns, e.g. "nll - entropy".
+        measure: a column of the score table, or an expression over columns, e.g. "nll - entropy"; two of them, as in
+            "entropy x surprise_gap", make a grid of bins (see second-bins).
         schedule: e.g. random, increasing, warmup_then_random(0.15), "then(fold(5), random, tau=0.2)".
         bins: number of bins of equal token mass, 1 to 1024.
         seed: of the shuffles within bins (and of random emission times).
-        tokens: order only an i.i.d. subset of the corpus of at most this many tokens; 0 means all of it.
+        tokens: budget. exact: order only an i.i.d. subset of the corpus, epochs included; reweight: draw so many.
+            0 means all of the corpus, epochs times.
         subset_seed: of that subset; the same for all arms, so that they train on the same tokens.
+        epochs: how often every segment is used, each time in a fresh shuffle of its bin.
+        multiset: exact uses every segment equally often; reweight takes the schedule as it is: selection, not order.
+        second_bins: bins of the second measure within every bin of the first.
+        axis: the measure along which the schedule runs, 1 or 2; the other is held even at every moment.
+        hold_extremes: share of tokens at either end of the measure (e.g. 0.02) that never comes first or last.
+        config: a trainer's config, whose learning rates and batch size the manifest's diagnostics use.
     """
+    from curriculum.config import Config, load
     from curriculum.score import read_scores
 
     if out.suffix != ".npy":
@@ -67,12 +101,30 @@ def main(
         raise InputError(f"{out}: already there; remove it or choose another --out")
     if seed < 0 or subset_seed < 0 or tokens < 0:
         raise InputError(f"--seed {seed}, --subset-seed {subset_seed}, --tokens {tokens}: expected 0 or more")
-    plan = parse(schedule)
+    if not 1 <= epochs <= MOST_REPEATS:
+        raise InputError(f"--epochs {epochs}: expected 1 to {MOST_REPEATS}")
+    if multiset == "reweight" and (epochs > 1 or subset_seed):
+        raise InputError("--multiset reweight draws from the whole corpus: it takes --tokens, not --epochs or a subset")
+    layout, plan, run = (
+        Layout(bins, second_bins, axis, hold_extremes),
+        parse(schedule),
+        load(config) if config else None,
+    )
     table = read_scores(scores)
-    values_N = evaluate(measure, table.columns)
-    chosen_M = draw_subset(table.segments.length_N, tokens, subset_seed)
-    built = build_order(values_N[chosen_M], table.segments.length_N[chosen_M], plan, bins, seed)
-    ids = chosen_M[built.order_N]
+    length_N = table.segments.length_N
+    values = [evaluate(part, table.columns) for part in measures_of(measure)]
+    layout.check(len(values))
+    if multiset == "exact":
+        pool_P = draw_subset(length_N, tokens, subset_seed, epochs)
+        if len(pool_P) < len(length_N):  # a copy of everything would cost a large corpus gigabytes
+            values, length_N = [value_N[pool_P] for value_N in values], length_N[pool_P]
+        built = build_order(values, length_N, plan, layout, seed, epochs=epochs)
+    else:
+        pool_P, budget = None, tokens or table.segments.num_tokens
+        built = build_order(values, length_N, plan, layout, seed, budget_tokens=budget)
+    optim, batch_tokens = (run or Config()).optim, (run or Config()).data.batch_tokens
+    told = describe(built, batch_tokens, optim.lr_scale)
+    ids = built.order_M if pool_P is None or len(pool_P) == len(table.segments) else pool_P[built.order_M]
     manifest = dict(
         scores=dict(folder=str(scores), id=table.id, segments_sha256=table.segments.digest()),
         shards=table.shards,
@@ -80,51 +132,75 @@ def main(
         max_len=table.max_len,
         measure=measure,
         schedule=plan.text,
-        bins=bins,
+        bins=layout.num_bins,
+        layout=layout._asdict(),
         seed=seed,
-        multiset="exact",
+        multiset=multiset,
+        epochs=epochs,
         budget_tokens=tokens,
         subset_seed=subset_seed,
         num_segments=len(ids),
-        num_tokens=int(table.segments.length_N[ids].sum(dtype=np.int64)),
+        num_tokens=told.pop("num_tokens"),
+        corpus_segments=len(table.segments),
         corpus_tokens=table.segments.num_tokens,
-        edges=built.edges.tolist(),
-        bin_tokens=built.bin_tokens_B.tolist(),
+        pool_segments=len(length_N),
+        edges=built.bins.edges_F.tolist(),
+        second_edges=built.bins.second_edges.tolist(),
+        bin_tokens=built.bins.tokens_S.tolist(),
         schedule_error=built.schedule_error,
-        composition=built.composition_CB.round(6).tolist(),
-        rank_by_progress=built.rank_C.round(6).tolist(),
+        diagnosed_with=dict(config=str(config) if config else "defaults", batch_tokens=batch_tokens),
+        **told,
     )
     if any(scores.glob("*_val_*.parquet")):
         val = read_scores(scores, "val")
         if val.basis != table.basis:
             raise InputError(f"{scores}: its validation tables have other settings than its training tables")
-        bin_V = np.searchsorted(built.edges, evaluate(measure, val.columns), side="right").astype(np.int16)
+        values_V = [evaluate(part, val.columns, basis=table.columns) for part in measures_of(measure)]
+        bin_V = place(values_V, built.bins.edges_F, built.bins.second_edges)
         manifest["val_segments_sha256"] = val.segments.digest()
         manifest["val_bins_sha256"] = hashlib.sha256(bin_V.data).hexdigest()
         with atomic_path(val_path(out)) as temporary, open(temporary, "wb") as file:
             np.save(file, bin_V)
-        if ties := int(np.count_nonzero(np.diff(built.edges) == 0)):
+        if ties := int(np.count_nonzero(np.diff(built.bins.edges_F) == 0)):
             print(f"note: {ties} bins share their edge with a neighbour ({measure} has ties): by value, as validation")
             print("  segments are binned, such bins cannot be told apart")
     save_order(out, ids, manifest)
-    shown = load_order(out)
-    print(f"{out}: {len(ids):,} segments, {manifest['num_tokens']:,} tokens, {plan.text} over {bins} bins of {measure}")
-    print(f"  order {shown.manifest['order_sha256'][:12]}  multiset {shown.manifest['multiset_sha256'][:12]}", end="")
-    print(f"  recipe {shown.manifest['recipe']}  largest error of the schedule {built.schedule_error:.1e}")
+    shown = load_order(out).manifest
+    print(
+        f"{out}: {len(ids):,} segments, {shown['num_tokens']:,} tokens, {plan.text} over {shown['bins']} bins of {measure}"
+    )
+    print(f"  order {shown['order_sha256'][:12]}  multiset {shown['multiset_sha256'][:12]}", end="")
+    print(f"  recipe {shown['recipe']}  largest error of the schedule {built.schedule_error:.1e}")
+    if multiset == "reweight":
+        print(f"  selection, not order: {shown['coverage']:.1%} of the corpus's tokens are used, ", end="")
+        print(f"{shown['omitted_segments']:,} segments never, {shown['repeated_segments']:,} more than once ", end="")
+        print(f"(at most {shown['most_repeats']} times)")
 
 
-def draw_subset(length_N: np.ndarray, budget_tokens: int, seed: int) -> np.ndarray:
-    """Ids (sorted) of an i.i.d. subset of at most `budget_tokens`; all of them for a budget of 0.
+def measures_of(text: str) -> list[str]:
+    """The measures of an order: one expression, or two with a lone `x` between them.
+
+    >>> measures_of("entropy x nll - entropy")
+    ['entropy', 'nll - entropy']
+    """
+    return re.split(r"\s+x\s+", text.strip())
+
+
+def draw_subset(length_N: np.ndarray, budget_tokens: int, seed: int, epochs: int = 1) -> np.ndarray:
+    """Ids (sorted) of an i.i.d. subset that `epochs` times over holds at most `budget_tokens`; all for a budget of 0.
 
     Raises InputError if the corpus holds fewer tokens than asked for.
     """
+    dtype = np.int32 if len(length_N) < 1 << 31 else np.int64
     if not budget_tokens:
-        return np.arange(len(length_N))
+        return np.arange(len(length_N), dtype=dtype)
     held = int(length_N.sum(dtype=np.int64))
-    if budget_tokens > held:
-        raise InputError(f"--tokens {budget_tokens}: the scored corpus holds only {held} tokens")
-    drawn_N = np.random.default_rng([seed, SUBSET]).permutation(len(length_N))
-    kept = np.searchsorted(np.cumsum(length_N[drawn_N], dtype=np.int64), budget_tokens, side="right")
+    if budget_tokens > held * epochs:
+        times = f", {epochs} epochs of it {held * epochs}: ask for fewer or" if epochs > 1 else ": ask for fewer or"
+        raise InputError(f"--tokens {budget_tokens}: the scored corpus holds only {held} tokens{times} raise --epochs")
+    drawn_N = np.random.default_rng([seed, SUBSET]).permutation(len(length_N)).astype(dtype)
+    end_N = np.cumsum(length_N[drawn_N], dtype=np.int64)
+    kept = np.searchsorted(end_N, budget_tokens // epochs, side="right")
     if kept == 0:
         raise InputError(f"--tokens {budget_tokens}: less than one segment")
     return np.sort(drawn_N[:kept])
@@ -132,70 +208,59 @@ def draw_subset(length_N: np.ndarray, budget_tokens: int, seed: int) -> np.ndarr
 
 @dataclass(frozen=True)
 class Built:
-    order_N: np.ndarray  # positions in the given arrays, in training order
-    bin_N: np.ndarray  # bin of every segment (after a placebo's permutation)
-    edges: np.ndarray  # (B-1,) values of the measure between bins
-    bin_tokens_B: np.ndarray
+    order_M: np.ndarray  # positions in the given arrays, in training order
+    length_M: np.ndarray  # of the same segments
+    bin_M: np.ndarray  # int16
+    rank_M: np.ndarray  # float32: token-mass quantile by the (first) measure
+    bins: Bins  # after a placebo's permutation
+    asked_GS: np.ndarray  # tokens asked of each bin in each of GRID cells of progress
     schedule_error: float  # largest relative error of a moment's token mass after projection
-    composition_CB: np.ndarray  # token share of each bin in each of CELLS equal stretches of progress
-    rank_C: np.ndarray  # token-weighted mean rank of the measure in each stretch
+
+    @property
+    def bin_N(self) -> np.ndarray:
+        """The bin of every segment, in the sequence of the given arrays."""
+        return self.bins.bin_N
 
 
-def build_order(values_N: np.ndarray, length_N: np.ndarray, schedule: Schedule, num_bins: int, seed: int) -> Built:
+def build_order(
+    values: np.ndarray | list[np.ndarray],
+    length_N: np.ndarray,
+    schedule: Schedule,
+    layout: int | Layout,
+    seed: int,
+    *,
+    epochs: int = 1,
+    budget_tokens: int = 0,
+) -> Built:
     """The order of N segments under a schedule. A pure function of its arguments.
 
-    Raises InputError if there are fewer segments than bins, a bin would be empty, or the schedule cannot be met.
+    `values` (N,) are those of the measure, or a list of one or two such arrays; `layout` may be a number of bins. With
+    a budget the schedule is not projected, and repeats or leaves out what it must. Raises InputError if there are fewer
+    segments than bins, a bin would be empty, or the schedule cannot be met.
     """
-    if not 1 <= num_bins <= 1024:
-        raise InputError(f"bins = {num_bins}: expected 1 to 1024")
-    if num_bins > len(values_N):
-        raise InputError(f"bins = {num_bins}, but there are only {len(values_N)} segments: use fewer bins")
-    by_value_N = np.argsort(values_N, kind="stable")  # ties by id
-    rank_N = token_ranks(by_value_N, length_N)
-    bin_N = equal_bins(rank_N, num_bins)
-    edges = values_N[by_value_N[np.searchsorted(bin_N[by_value_N], np.arange(1, num_bins)).clip(max=len(bin_N) - 1)]]
-    if schedule.placebo:  # bins of equal tokens again, of segments sorted by chance
-        by_chance_N = np.random.default_rng([seed, PLACEBO]).permutation(len(values_N))
-        bin_N = equal_bins(token_ranks(by_chance_N, length_N), num_bins)
-    bin_counts_B = np.bincount(bin_N, minlength=num_bins)
-    if not bin_counts_B.all():
-        raise InputError(
-            f"bins = {num_bins}: bin {int(np.argmin(bin_counts_B))} would hold no segment "
-            "(a bin's share of tokens is smaller than one segment): use fewer bins"
-        )
-    bin_tokens_B = np.bincount(bin_N, weights=length_N, minlength=num_bins)
-    progress_G = (np.arange(GRID) + 0.5) / GRID
-    wanted_GB, error = project(schedule.weights(progress_G, num_bins), bin_tokens_B / bin_tokens_B.sum())
-    tau_N = emission_times(bin_N, length_N, wanted_GB, seed)
-    for index, (begin, end) in enumerate(schedule.iid_spans):
-        inside_N = (tau_N >= begin) & (tau_N < end)
-        stream = np.random.default_rng([seed, IID, index])
-        tau_N[inside_N] = stream.uniform(begin, end, np.count_nonzero(inside_N))
-    order_N = np.argsort(tau_N, kind="stable")
-    composition_CB, rank_C = composition(order_N, bin_N, rank_N, length_N, num_bins)
-    return Built(order_N, bin_N, edges, bin_tokens_B.astype(np.int64), error, composition_CB, rank_C)
-
-
-def token_ranks(by_value_N: np.ndarray, length_N: np.ndarray) -> np.ndarray:
-    """Token-mass quantile in (0, 1) of the middle of every segment, in the given sorted sequence.
-
-    >>> token_ranks(np.array([1, 0, 2]), np.array([2, 1, 1]))
-    array([0.5  , 0.125, 0.875])
-    """
-    sorted_length_N = length_N[by_value_N]
-    end_N = np.cumsum(sorted_length_N, dtype=np.int64)
-    rank_N = np.empty(len(length_N))
-    rank_N[by_value_N] = (end_N - sorted_length_N / 2) / end_N[-1]
-    return rank_N
-
-
-def equal_bins(rank_N: np.ndarray, num_bins: int) -> np.ndarray:
-    """Bins of equal token mass, int32 (N,).
-
-    >>> equal_bins(np.array([0.5, 0.125, 0.875]), 2).tolist()
-    [1, 0, 1]
-    """
-    return np.minimum((rank_N * num_bins).astype(np.int32), num_bins - 1)
+    values = values if isinstance(values, list) else [values]
+    layout = Layout(layout) if isinstance(layout, int) else layout
+    layout.check(len(values))
+    if layout.num_bins > len(length_N):
+        raise InputError(f"bins = {layout.num_bins}, but there are only {len(length_N)} segments: use fewer bins")
+    bins = cut_bins(values, length_N, layout)
+    if schedule.placebo:
+        bins = deal_bins(bins, layout, np.random.default_rng([seed, PLACEBO]))
+    wish_GS, error = layout.weights(schedule.weights, (np.arange(GRID) + 0.5) / GRID), 0.0
+    if budget_tokens:
+        asked_GS = wish_GS * (budget_tokens / GRID)
+    else:
+        held = int(bins.tokens_S.sum())
+        wish_GS, error = project(wish_GS, bins.tokens_S / held)
+        asked_GS = wish_GS * (held * epochs)
+    entries = emit(bins, asked_GS, seed, whole_passes=0 if budget_tokens else epochs)
+    shuffle_spans(entries, schedule.iid_spans, len(length_N), seed)
+    at_M = by_time(entries.tau_M)
+    if budget_tokens:
+        at_M = at_M[: np.searchsorted(np.cumsum(entries.length_M[at_M], dtype=np.int64), budget_tokens, side="right")]
+    # In time order each bin is read from front to back, so these lookups find their neighbours in the cache.
+    columns = (column[at_M] for column in (entries.id_M, entries.length_M, entries.bin_M, entries.rank_M))
+    return Built(*columns, bins, asked_GS, error)
 
 
 def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, float]:
@@ -226,33 +291,76 @@ def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, flo
     return (row_G if error < TOLERANCE else row_G * held_G * num_cells)[:, None] * weights_GB * column_B, error
 
 
-def emission_times(bin_N: np.ndarray, length_N: np.ndarray, wanted_GB: np.ndarray, seed: int) -> np.ndarray:
-    """Progress in [0, 1] at which each of N segments is due; see the module's head."""
-    num_cells, num_bins = wanted_GB.shape
+class Entries(NamedTuple):
+    """What is to be ordered: M uses of segments, bin after bin, each bin's in the sequence of its stream."""
+
+    id_M: np.ndarray
+    length_M: np.ndarray
+    rank_M: np.ndarray
+    bin_M: np.ndarray  # int16
+    pass_M: np.ndarray  # int16: how many times the bin had been used up before
+    tau_M: np.ndarray  # progress in [0, 1] at which the segment is due
+
+
+def emit(bins: Bins, asked_GS: np.ndarray, seed: int, whole_passes: int = 1) -> Entries:
+    """Emission times; see the module's head.
+
+    Each bin's stream is `whole_passes` shuffles of its segments, or, for 0, as many as the tokens asked of it take.
+    """
+    num_cells, num_bins = asked_GS.shape
     grid = np.linspace(0, 1, num_cells + 1)
-    asked_GB = np.vstack([np.zeros(num_bins), np.cumsum(wanted_GB, axis=0)])
-    tau_N = np.empty(len(bin_N))
-    by_bin_N = np.argsort(bin_N, kind="stable")
-    ends_B = np.cumsum(np.bincount(bin_N, minlength=num_bins))
-    for b, ids in enumerate(np.split(by_bin_N, ends_B[:-1])):
+    asked_GS = np.vstack([np.zeros(num_bins), np.cumsum(asked_GS, axis=0)])
+    parts = []
+    for b, (begin, end) in enumerate(zip(bins.cut[:-1], bins.cut[1:], strict=True)):
+        held, asked = int(bins.length_N[begin:end].sum(dtype=np.int64)), asked_GS[-1, b]
+        passes = whole_passes or int(np.ceil(asked / held))
+        if passes > MOST_REPEATS:
+            raise InputError(
+                f"the schedule asks bin {b} for {asked:.0f} tokens, it holds {held}: its segments would be repeated "
+                f"{passes} times, at most {MOST_REPEATS} are allowed; lower --tokens or use fewer bins"
+            )
+        if passes == 0:
+            continue
         # Each bin has its own stream, so that one bin's shuffle does not depend on the sizes of the others.
-        shuffled = np.random.default_rng([seed, SHUFFLE, b]).permutation(ids)
-        end = np.cumsum(length_N[shuffled], dtype=np.int64)
-        middle = (end - length_N[shuffled] / 2) / end[-1]
-        tau_N[shuffled] = np.interp(middle, asked_GB[:, b] / asked_GB[-1, b], grid)
-    return tau_N
+        rng, places = np.random.default_rng([seed, SHUFFLE, b]), np.arange(begin, end, dtype=bins.id_N.dtype)
+        place = np.concatenate([rng.permutation(places) for _ in range(passes)])
+        length = bins.length_N[place]
+        stop = np.cumsum(length, dtype=np.int64)
+        middle = stop - length / 2
+        used = slice(None) if whole_passes else slice(np.searchsorted(middle, asked))
+        tau = np.interp(middle[used] / (stop[-1] if whole_passes else asked), asked_GS[:, b] / asked, grid)
+        # Bins of equally long segments fall due at the very same moments: chance decides who goes first, or every
+        # batch would hold the same part of the bins. Too little to matter otherwise, at 4 billion segments one place.
+        tau += rng.random(len(tau)) * 2.0**-32
+        place = place[used]
+        passed = np.repeat(np.arange(passes, dtype=np.int16), end - begin)[used]
+        bin_b = np.full(len(place), b, np.int16)
+        parts.append(Entries(bins.id_N[place], length[used], bins.rank_N[place], bin_b, passed, tau))
+    return Entries(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def composition(order_N, bin_N, rank_N, length_N, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token share of every bin, and mean rank, in each of CELLS equal stretches of progress: (C, B) and (C,)."""
-    length = length_N[order_N]
-    end = np.cumsum(length, dtype=np.int64)
-    cell = np.minimum(((end - length / 2) * CELLS / end[-1]).astype(np.int64), CELLS - 1)
-    tokens_CB = np.bincount(cell * num_bins + bin_N[order_N], weights=length, minlength=CELLS * num_bins)
-    tokens_CB = tokens_CB.reshape(CELLS, num_bins)
-    held_C = np.maximum(tokens_CB.sum(1), 1)
-    rank_C = np.bincount(cell, weights=length * rank_N[order_N], minlength=CELLS) / held_C
-    return tokens_CB / held_C[:, None], rank_C
+def shuffle_spans(entries: Entries, spans: tuple[tuple[float, float], ...], num_segments: int, seed: int) -> None:
+    """Draw emission times within the spans anew, uniformly. A segment's draw is its own, whatever bin it is in."""
+    passes = int(entries.pass_M.max(initial=0)) + 1
+    for index, (begin, end) in enumerate(spans):
+        inside_M = (entries.tau_M >= begin) & (entries.tau_M < end)
+        for number in range(passes):
+            drawn_N = np.random.default_rng([seed, IID, index, number]).uniform(begin, end, num_segments)
+            at = np.flatnonzero(inside_M if passes == 1 else inside_M & (entries.pass_M == number))
+            entries.tau_M[at] = drawn_N[entries.id_M[at]]
+
+
+def by_time(tau_M: np.ndarray) -> np.ndarray:
+    """Places that sort emission times: tau as the upper bits of an integer and the place as the lower ones, for one
+    sort of plain integers. 10 million entries leave tau 40 bits, 4 billion 32."""
+    place_bits = max((len(tau_M) - 1).bit_length(), 1)
+    steps = float(1 << (64 - place_bits))
+    key_M = np.minimum(tau_M * steps, np.nextafter(steps, 0)).astype(np.uint64)
+    key_M <<= np.uint64(place_bits)
+    key_M |= np.arange(len(tau_M), dtype=np.uint64)
+    key_M.sort()
+    key_M &= np.uint64((1 << place_bits) - 1)
+    return key_M.view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -266,12 +374,12 @@ def save_order(path: Path, ids: np.ndarray, manifest: dict) -> None:
     ids = ids.astype(np.int32 if ids.max() < 2**31 else np.int64)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, ids)
-    recipe_keys = ("measure", "schedule", "bins", "multiset", "budget_tokens", "subset_seed")
-    recipe = {key: manifest[key] for key in recipe_keys} | {"scores": manifest["scores"]["id"]}
+    recipe_keys = ("measure", "schedule", "bins", "layout", "multiset", "epochs", "budget_tokens", "subset_seed")
+    recipe = {key: manifest[key] for key in recipe_keys if key in manifest} | {"scores": manifest["scores"]["id"]}
     hashes = dict(
         version=ORDER_VERSION,
         order_sha256=hashlib.sha256(ids.data).hexdigest(),
-        multiset_sha256=hashlib.sha256(np.sort(ids.astype(np.int64)).data).hexdigest(),
+        multiset_sha256=hashlib.sha256(np.sort(ids).astype(np.int64).data).hexdigest(),
         recipe=digest(recipe),  # all but the seed: what the runs of one arm share
     )
     write_json(path.with_suffix(".json"), hashes | manifest)
@@ -312,6 +420,35 @@ def load_val_bins(path: Path | str, manifest: dict) -> np.ndarray:
 def val_path(path: Path | str) -> Path:
     """Where the bins of the validation segments lie, for an order file."""
     return Path(path).with_suffix(".val.npy")
+
+
+class Sorted(NamedTuple):
+    """The pool of segments an order was drawn from, as the order binned them."""
+
+    ids_P: np.ndarray  # sorted
+    values_P: np.ndarray  # of the (first) measure
+    bin_P: np.ndarray
+
+
+def sorted_pool(order: Order, scores) -> Sorted:
+    """Bins and values behind an order, from the score tables it was made of (`curriculum.score.Scores`).
+
+    They are cut again, as edges alone could not tell equal values on both sides of one. Raises InputError if the tables
+    are others, or give other bins.
+    """
+    manifest = order.manifest
+    if scores.id != manifest["scores"]["id"]:
+        raise InputError(f"holds scores {scores.id}, the order was made from {manifest['scores']['id']}")
+    whole = manifest["pool_segments"] == len(scores.segments)
+    ids_P = np.arange(len(scores.segments)) if whole else np.unique(order.ids_N)
+    values = [evaluate(part, scores.columns)[ids_P] for part in measures_of(manifest["measure"])]
+    length_P, layout = scores.segments.length_N[ids_P], Layout(**manifest["layout"])
+    bins = cut_bins(values, length_P, layout)
+    if parse(manifest["schedule"]).placebo:
+        bins = deal_bins(bins, layout, np.random.default_rng([manifest["seed"], PLACEBO]))
+    if bins.tokens_S.tolist() != manifest["bin_tokens"]:
+        raise InputError("gives bins of other sizes than the order's: make the order again")
+    return Sorted(ids_P, values[0], bins.bin_N)
 
 
 def check_segments(order: Order, segments: Segments, path: Path | str) -> None:

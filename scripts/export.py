@@ -22,9 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from curriculum.measures import evaluate
-from curriculum.order import PLACEBO, Order, check_segments, equal_bins, load_order, token_ranks
-from curriculum.schedules import parse
+from curriculum.order import Order, check_segments, load_order, sorted_pool
 from curriculum.score import read_scores
 from data.cli import InputError, command
 from data.files import atomic_folder, atomic_path, write_json
@@ -126,7 +124,7 @@ class Part(NamedTuple):
 
 def parts_by_bin(order: Order, segments: Segments) -> list[Part]:
     """One part for each bin, lowest values first, in training order within a bin."""
-    value_N, bin_N = values_and_bins(order, segments)
+    value_N, bin_N = values_and_bins(order)
     num_bins = order.manifest["bins"]
     digits = max(2, len(str(num_bins - 1)))
     parts = []
@@ -137,27 +135,18 @@ def parts_by_bin(order: Order, segments: Segments) -> list[Part]:
     return parts
 
 
-def values_and_bins(order: Order, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
+def values_and_bins(order: Order) -> tuple[np.ndarray, np.ndarray]:
     """The measure, and the bin, of each segment of the order: both (num_segments,), in training order.
 
-    The bins are cut again as `build_order` cut them: its edges alone could not tell equal values on both sides of one.
     Raises InputError if the scores are gone, are others, or give other bins than the order was made with.
     """
-    manifest, num_bins = order.manifest, order.manifest["bins"]
-    folder, expected = manifest["scores"]["folder"], manifest["scores"]["id"]
-    scores = read_scores(folder)
-    if scores.id != expected:
-        raise InputError(f"{folder}: holds scores {scores.id}, the order was made from {expected}")
-    ids_M = np.sort(order.ids_N)
-    value_M, length_M = evaluate(manifest["measure"], scores.columns)[ids_M], segments.length_N[ids_M]
-    by_value_M = np.argsort(value_M, kind="stable")
-    if parse(manifest["schedule"]).placebo:
-        by_value_M = np.random.default_rng([manifest["seed"], PLACEBO]).permutation(len(ids_M))
-    bin_M = equal_bins(token_ranks(by_value_M, length_M), num_bins)
-    if np.bincount(bin_M, length_M, num_bins).tolist() != manifest["bin_tokens"]:
-        raise InputError(f"--by-bin: {folder} gives bins of other sizes than the order's: make the order again")
-    at_N = np.searchsorted(ids_M, order.ids_N)
-    return value_M[at_N], bin_M[at_N]
+    folder = order.manifest["scores"]["folder"]
+    try:
+        pool = sorted_pool(order, read_scores(folder))
+    except InputError as error:
+        raise InputError(f"--by-bin: {folder}: {error}") from None
+    at_N = np.searchsorted(pool.ids_P, order.ids_N)
+    return pool.values_P[at_N], pool.bin_P[at_N]
 
 
 def progress_bar(num_tokens: int):

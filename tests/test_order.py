@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from curriculum import score
+from curriculum.diagnostics import CELLS, composition
 from curriculum.order import (
-    CELLS,
     GRID,
     build_order,
     check_segments,
-    composition,
     draw_subset,
-    emission_times,
+    emit,
     load_order,
     main,
     project,
@@ -99,13 +98,13 @@ def test_every_order_is_a_permutation(lengths, text, num_bins, levels, seed):
     length_N = np.array(lengths, np.int32)
     values_N = np.random.default_rng(seed).integers(0, levels, len(lengths)).astype(float)
     built = build_order(values_N, length_N, parse(text), num_bins, seed)
-    assert sorted(built.order_N.tolist()) == list(range(len(lengths)))
+    assert sorted(built.order_M.tolist()) == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_order_is_a_function_of_its_arguments_and_every_seed_gives_another(text):
     values_N, length_N = corpus_of(500)
-    first, again, other = (build_order(values_N, length_N, parse(text), 8, seed).order_N for seed in (3, 3, 4))
+    first, again, other = (build_order(values_N, length_N, parse(text), 8, seed).order_M for seed in (3, 3, 4))
     assert first.tolist() == again.tolist() != other.tolist()
 
 
@@ -113,7 +112,7 @@ def test_one_corpus_gives_every_schedule_and_seed_the_same_multiset(tmp_path):
     values_N, length_N = corpus_of(300)
     hashes = []
     for number, text in enumerate(TEXTS):
-        save(tmp_path / f"{number}.npy", build_order(values_N, length_N, parse(text), 8, number).order_N)
+        save(tmp_path / f"{number}.npy", build_order(values_N, length_N, parse(text), 8, number).order_M)
         hashes.append(load_order(tmp_path / f"{number}.npy").manifest)
     assert len({h["multiset_sha256"] for h in hashes}) == 1
     assert len({h["order_sha256"] for h in hashes}) == len(TEXTS)
@@ -126,8 +125,8 @@ def test_one_corpus_gives_every_schedule_and_seed_the_same_multiset(tmp_path):
 def test_bins_hold_equal_tokens_within_one_segment(num_bins, seed):
     values_N, length_N = corpus_of(400, seed)
     built = build_order(values_N, length_N, parse("stratified"), num_bins, seed)
-    assert built.bin_tokens_B.tolist() == [length_N[built.bin_N == b].sum() for b in range(num_bins)]
-    assert np.abs(built.bin_tokens_B - length_N.sum() / num_bins).max() <= length_N.max()
+    assert built.bins.tokens_S.tolist() == [length_N[built.bin_N == b].sum() for b in range(num_bins)]
+    assert np.abs(built.bins.tokens_S - length_N.sum() / num_bins).max() <= length_N.max()
 
 
 def test_bins_are_slices_of_the_sorted_segments_and_ties_go_by_id():
@@ -142,7 +141,7 @@ def test_the_edges_bin_other_segments_alike():
     rng = np.random.default_rng(0)
     values_N, length_N = rng.normal(size=400), rng.integers(1, 65, 400)
     built = build_order(values_N, length_N, parse("random"), 16, seed=1)
-    assert np.searchsorted(built.edges, values_N, side="right").tolist() == built.bin_N.tolist()
+    assert np.searchsorted(built.bins.edges_F, values_N, side="right").tolist() == built.bin_N.tolist()
 
 
 def test_more_bins_than_segments_or_no_bins_are_refused():
@@ -153,7 +152,7 @@ def test_more_bins_than_segments_or_no_bins_are_refused():
     with pytest.raises(InputError, match="bins = 11, but there are only 10 segments: use fewer bins"):
         build_order(values_N, length_N, parse("random"), 11, 0)
     giant_N = np.array([1, 1000, 1, 1])
-    with pytest.raises(InputError, match="bin 2 would hold no segment .* use fewer bins"):
+    with pytest.raises(InputError, match="bin 1 would hold no segment .* use fewer bins"):
         build_order(np.arange(4.0), giant_N, parse("random"), 4, 0)
 
 
@@ -226,14 +225,16 @@ def test_no_bin_is_ever_off_its_schedule_by_more_than_half_a_segment(text, num_b
     """In the schedule's own time: at every tau, what a bin has emitted is what was asked of it."""
     values_N, length_N = corpus_of(1500)
     schedule = parse(text)
-    bin_N = build_order(values_N, length_N, schedule, num_bins, seed=2).bin_N
-    asked_GB = demand(schedule, bin_N, length_N, num_bins)
-    tau_N = emission_times(bin_N, length_N, np.diff(asked_GB, axis=0) / length_N.sum(), seed=2)
+    built = build_order(values_N, length_N, schedule, num_bins, seed=2)
+    asked_GB = demand(schedule, built.bin_N, length_N, num_bins)
+    np.testing.assert_allclose(np.cumsum(built.asked_GS, axis=0), asked_GB[1:], rtol=1e-9)
+    entries = emit(built.bins, built.asked_GS, seed=2)
     for b in range(num_bins):
-        in_time = np.flatnonzero(bin_N == b)[np.argsort(tau_N[bin_N == b])]
-        emitted = np.concatenate([[0], np.cumsum(length_N[in_time])])
-        due = np.interp(tau_N[in_time], np.linspace(0, 1, GRID + 1), asked_GB[:, b])
-        half = length_N.max() / 2 + 1e-6
+        of_bin = np.flatnonzero(entries.bin_M == b)
+        in_time = of_bin[np.argsort(entries.tau_M[of_bin])]
+        emitted = np.concatenate([[0], np.cumsum(entries.length_M[in_time])])
+        due = np.interp(entries.tau_M[in_time], np.linspace(0, 1, GRID + 1), asked_GB[:, b])
+        half = length_N.max() / 2 + 1e-4  # the ties' jitter is 2^-32 of 50,000 tokens
         assert np.abs(emitted[:-1] - due).max() <= half and np.abs(emitted[1:] - due).max() <= half
 
 
@@ -246,7 +247,7 @@ def test_the_stream_keeps_to_the_schedule(text, num_bins):
     schedule = steady(parse(text))
     built = build_order(values_N, length_N, schedule, num_bins, seed=2)
     asked_GB = demand(schedule, built.bin_N, length_N, num_bins)
-    length, bins = length_N[built.order_N], built.bin_N[built.order_N]
+    length, bins = length_N[built.order_M], built.bin_N[built.order_M]
     progress = np.cumsum(length) / length.sum()
     allowed = (num_bins + 1) / 2 * length_N.max() + built.schedule_error * length.sum()
     for b in range(num_bins):
@@ -258,21 +259,26 @@ def test_the_composition_counts_the_order_it_describes():
     values_N, length_N = corpus_of(700)
     built = build_order(values_N, length_N, parse("fold(3)"), 4, seed=0)
     rank_N = np.random.default_rng(0).random(700)
-    share_CB, rank_C = composition(built.order_N, built.bin_N, rank_N, length_N, 4)
-    tokens_CB, mass_C, at = np.zeros((CELLS, 4)), np.zeros(CELLS), 0
-    for i in built.order_N:
+    length_M = length_N[built.order_M]
+    given_CB, rank_C, length_C = composition(
+        np.cumsum(length_M), length_M, built.bin_N[built.order_M], rank_N[built.order_M], 4
+    )
+    tokens_CB, mass_C, count_C, at = np.zeros((CELLS, 4)), np.zeros(CELLS), np.zeros(CELLS), 0
+    for i in built.order_M:
         cell = int((at + length_N[i] / 2) / length_N.sum() * CELLS)
         tokens_CB[cell, built.bin_N[i]] += length_N[i]
         mass_C[cell] += length_N[i] * rank_N[i]
+        count_C[cell] += 1
         at += length_N[i]
-    np.testing.assert_allclose(share_CB, tokens_CB / tokens_CB.sum(1, keepdims=True))
+    assert given_CB.tolist() == tokens_CB.tolist()
+    np.testing.assert_allclose(length_C, tokens_CB.sum(1) / count_C)
     np.testing.assert_allclose(rank_C, mass_C / tokens_CB.sum(1))
 
 
 def test_increasing_rises_and_decreasing_falls():
     values_N, length_N = corpus_of(2000)
     for text, sign in (("increasing", 1), ("decreasing", -1)):
-        order_N = build_order(values_N, length_N, parse(text), 16, 0).order_N
+        order_N = build_order(values_N, length_N, parse(text), 16, 0).order_M
         assert sign * stats.spearmanr(np.arange(2000), values_N[order_N]).statistic > 0.9
 
 
@@ -283,7 +289,7 @@ def block_counts(text: str, seed: int, num_bins: int = 4, num_blocks: int = 20) 
     """How many of 2,000 equally long segments of each bin lie in each block of the order: (blocks, bins)."""
     values_N = np.random.default_rng(99).permutation(2000).astype(float)
     built = build_order(values_N, np.full(2000, 8), parse(text), num_bins, seed)
-    blocks = np.split(built.bin_N[built.order_N], num_blocks)
+    blocks = np.split(built.bin_N[built.order_M], num_blocks)
     return np.array([np.bincount(block, minlength=num_bins) for block in blocks])
 
 
@@ -302,7 +308,7 @@ def test_random_fluctuates_as_an_honest_shuffle_does():
 
 def test_random_places_every_segment_anywhere():
     values_N, length_N = corpus_of(40)
-    place = [np.argsort(build_order(values_N, length_N, parse("random"), 4, seed).order_N) for seed in range(300)]
+    place = [np.argsort(build_order(values_N, length_N, parse("random"), 4, seed).order_M) for seed in range(300)]
     for of_segment in np.array(place).T[::8]:
         assert stats.kstest((of_segment + 0.5) / 40, "uniform").pvalue > 1e-4
 
@@ -310,7 +316,7 @@ def test_random_places_every_segment_anywhere():
 def test_random_knows_nothing_of_the_measure_or_its_bins():
     values_N, length_N = corpus_of(500)
     orders = [
-        build_order(values, length_N, parse("random"), num_bins, seed=5).order_N.tolist()
+        build_order(values, length_N, parse("random"), num_bins, seed=5).order_M.tolist()
         for values, num_bins in ((values_N, 16), (-values_N, 16), (values_N**2, 3))
     ]
     assert orders[0] == orders[1] == orders[2]
@@ -326,8 +332,8 @@ def test_a_random_tail_is_random_only_there():
     """Before the tail the order is that of the steady schedule; behind it, the same segments in another order."""
     values_N, length_N = corpus_of(1000)
     schedule = parse("then(fold(3), random, tau=0.4)")
-    tailed = build_order(values_N, length_N, schedule, 8, 0).order_N
-    calm = build_order(values_N, length_N, steady(schedule), 8, 0).order_N
+    tailed = build_order(values_N, length_N, schedule, 8, 0).order_M
+    calm = build_order(values_N, length_N, steady(schedule), 8, 0).order_M
     same = int(np.argmin(tailed == calm))
     assert length_N[calm[:same]].sum() == pytest.approx(0.6 * length_N.sum(), abs=8 * 64)
     assert sorted(tailed[same:].tolist()) == sorted(calm[same:].tolist())
@@ -345,9 +351,9 @@ def test_a_placebo_plays_its_schedule_over_bins_without_meaning():
     assert stats.spearmanr(real.bin_N, values_N).statistic > 0.9
     for sham in shams:
         assert abs(stats.spearmanr(sham.bin_N, values_N).statistic) < five_sd
-        assert abs(stats.spearmanr(np.argsort(sham.order_N), values_N).statistic) < five_sd
+        assert abs(stats.spearmanr(np.argsort(sham.order_M), values_N).statistic) < five_sd
         assert (
-            stats.spearmanr(np.arange(4000), sham.bin_N[sham.order_N]).statistic > 0.9
+            stats.spearmanr(np.arange(4000), sham.bin_N[sham.order_M]).statistic > 0.9
         )  # the schedule is still played
     assert len({tuple(sham.bin_N.tolist()) for sham in shams}) == len(shams)
 
@@ -355,7 +361,7 @@ def test_a_placebo_plays_its_schedule_over_bins_without_meaning():
 def test_a_placebo_keeps_the_tokens_of_every_bin_whatever_the_measure():
     length_N = np.random.default_rng(0).integers(8, 1025, 4000)
     built = build_order(length_N.astype(float), length_N, parse("placebo(increasing)"), 16, 0)
-    assert np.ptp(built.bin_tokens_B) <= 2 * length_N.max()
+    assert np.ptp(built.bins.tokens_S) <= 2 * length_N.max()
 
 
 def test_a_placebo_that_leaves_a_bin_empty_is_refused():
@@ -443,7 +449,7 @@ def damage(tmp_path, how: str):
         ("empty", "not a whole .npy file"),
         ("swapped ids", r"its content hashes to \w{12}, its manifest says \w{12}"),
         ("other order", r"its content hashes to \w{12}, its manifest says \w{12}"),
-        ("other version", "order format version 99, expected 1"),
+        ("other version", "order format version 99, expected 2"),
         ("half a manifest", "something unreadable"),
     ],
 )
