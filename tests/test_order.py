@@ -24,6 +24,7 @@ from curriculum.order import (
     main,
     project,
     save_order,
+    sorted_pool,
     val_path,
 )
 from curriculum.schedules import FAMILIES, Schedule, parse
@@ -340,6 +341,79 @@ def test_a_random_tail_is_random_only_there():
     assert np.mean(tailed[same:] == calm[same:]) < 0.05
 
 
+# -- Epochs and reweighting
+
+
+@pytest.mark.parametrize("text", ["random", "increasing", "then(fold(3), random, tau=0.3)", "placebo(zigzag(2))"])
+def test_epochs_use_every_segment_equally_often_and_never_in_the_same_shuffle(text):
+    values_N, length_N = corpus_of(600)
+    built = build_order(values_N, length_N, parse(text), 4, 0, epochs=3)
+    assert np.bincount(built.order_M, minlength=600).tolist() == [3] * 600
+    stream = emit(built.bins, built.asked_GS, seed=0, whole_passes=3)
+    for b in range(4):
+        passes = stream.id_M[stream.bin_M == b].reshape(3, -1)
+        assert all(set(p) == set(passes[0]) for p in passes) and len({tuple(p) for p in passes}) == 3
+    once = build_order(values_N, length_N, parse(text), 4, 0)
+    assert (once.order_M.tolist() == built.order_M.tolist()) is False and len(once.order_M) == 600
+
+
+def test_an_epoch_of_a_bin_is_over_before_the_next_begins():
+    """Equal spacing of repeats: what was seen is seen again only after all of its bin."""
+    values_N, length_N = corpus_of(400)
+    order_M = build_order(values_N, length_N, parse("stratified"), 1, 0, epochs=2).order_M
+    assert sorted(order_M[:400].tolist()) == sorted(order_M[400:].tolist()) == list(range(400))
+
+
+@given(st.sampled_from(TEXTS), st.integers(200, 60_000), st.integers(0, 100))
+def test_reweighting_gives_every_bin_what_the_schedule_asks(text, budget, seed):
+    """Within a segment: no projection, so bins repeat or are left out."""
+    values_N, length_N = corpus_of(500)
+    schedule = steady(parse(text))
+    built = build_order(values_N, length_N, schedule, 4, seed, budget_tokens=budget)
+    asked_B = schedule.weights((np.arange(GRID) + 0.5) / GRID, 4).mean(0) * budget
+    given_B = np.bincount(built.bin_M, weights=built.length_M, minlength=4)
+    assert built.length_M.sum() <= budget
+    # Half a segment for each bin's own end, and what lies beyond the budget is cut off at the end of the run.
+    assert np.abs(given_B - asked_B).max() <= 3 * length_N.max()
+    counts_N = np.bincount(built.order_M, minlength=500)
+    for b in range(4):  # within a bin nothing is used n + 2 times before all are used n + 1 times, cut-off tail apart
+        of_bin = np.sort(counts_N[built.bin_N == b])
+        assert of_bin[-1] - of_bin[min(4, len(of_bin) - 1)] <= 2
+    assert np.array_equal(built.length_M, length_N[built.order_M])
+
+
+def test_a_reweighted_schedule_may_leave_bins_out_but_not_repeat_one_for_ever():
+    values_N, length_N = corpus_of(500)
+    hardest = hand_made([0.0, 0.0, 0.0, 1.0])
+    built = build_order(values_N, length_N, hardest, 4, 0, budget_tokens=20_000)
+    assert set(built.bin_M.tolist()) == {3} and np.bincount(built.order_M).max() > 1
+    with pytest.raises(InputError, match="the schedule asks bin 3 for 99000000 tokens, it holds .* at most 1000"):
+        build_order(values_N, length_N, hardest, 4, 0, budget_tokens=99_000_000)
+
+
+# -- Batches
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_batch_has_its_share_of_every_bin_within_a_segment(text):
+    """Between two moments a bin emits what its schedule asks of it then, give or take one segment."""
+    values_N, length_N = corpus_of(3000)
+    schedule, num_bins = steady(parse(text)), 8
+    built = build_order(values_N, length_N, schedule, num_bins, seed=2)
+    entries = emit(built.bins, built.asked_GS, seed=2)
+    sequence = np.argsort(entries.tau_M, kind="stable")
+    assert entries.id_M[sequence].tolist() == built.order_M.tolist()
+    asked_GB = np.vstack([np.zeros(num_bins), np.cumsum(built.asked_GS, axis=0)])
+    cuts = np.linspace(0, 3000, 40).astype(int)  # batches of about 75 segments
+    moments = np.concatenate(
+        [[0], (entries.tau_M[sequence][cuts[1:-1] - 1] + entries.tau_M[sequence][cuts[1:-1]]) / 2, [1]]
+    )
+    tokens = entries.length_M[sequence, None] * (entries.bin_M[sequence, None] == np.arange(num_bins))
+    given_TB = np.add.reduceat(tokens, cuts[:-1], axis=0)
+    due = np.stack([np.interp(moments, np.linspace(0, 1, GRID + 1), asked_GB[:, b]) for b in range(num_bins)], axis=1)
+    assert np.abs(given_TB - np.diff(due, axis=0)).max() <= length_N.max() + 1e-3
+
+
 # -- Placebo
 
 
@@ -526,12 +600,85 @@ def test_an_order_fits_only_the_segments_it_was_made_for(scores, tmp_path, tiny_
         (dict(bins=1000), r"bins = 1000, but there are only \d+ segments"),
         (dict(seed=-1), "--seed -1, .*: expected 0 or more"),
         (dict(tokens=-1), "--tokens -1: expected 0 or more"),
+        (dict(epochs=0), "--epochs 0: expected 1 to 1000"),
+        (
+            dict(tokens=99_999, epochs=2),
+            "holds only 59[0-9]{2} tokens, 2 epochs of it 119[0-9]{2}: ask for fewer or raise",
+        ),
+        (dict(multiset="reweight", epochs=2), "--multiset reweight draws from the whole corpus"),
+        (dict(measure="length x unigram_nll"), "2 measures, --second-bins 1"),
+        (dict(second_bins=2), "1 measures, --second-bins 2"),
+        (dict(hold_extremes=0.7), "--hold-extremes 0.7"),
     ],
 )
 def test_what_cannot_be_ordered_is_refused_and_nothing_is_written(scores, tmp_path, options, sentence):
     with pytest.raises(InputError, match=sentence):
         make(scores, tmp_path / "a.npy", **options)
     assert not any(tmp_path.iterdir())
+
+
+def test_the_manifest_tells_what_the_order_does(scores, tmp_path, tiny_corpus):
+    length_N = corpus_segments(open_corpus(tiny_corpus), 64).length_N
+    rising, twice, chosen = (
+        make(scores, tmp_path / f"{name}.npy", **options)
+        for name, options in (
+            ("up", dict(schedule="increasing")),
+            ("twice", dict(schedule="decreasing", epochs=2)),
+            ("chosen", dict(schedule="tilt(3, 3)", multiset="reweight", tokens=int(length_N.sum()))),
+        )
+    )
+    about = rising.manifest
+    assert about["coverage"] == 1 and about["omitted_segments"] == about["repeated_segments"] == 0
+    assert about["given_tokens"] == about["bin_tokens"] and sum(about["given_tokens"]) == about["num_tokens"]
+    np.testing.assert_allclose(about["asked_tokens"], about["given_tokens"], atol=0.1)
+    assert about["last_rank"] > 0.7 > 0.5 > about["lr_weighted_rank"]  # the learning rate is low where ranks are high
+    assert about["largest_deviation_tokens"] <= 64 * 5
+    about = twice.manifest
+    assert about["num_tokens"] == 2 * length_N.sum() and about["most_repeats"] == 2 and about["last_rank"] < 0.3
+    assert np.bincount(twice.ids_N).tolist() == [2] * len(length_N)
+    about = chosen.manifest
+    assert about["multiset"] == "reweight" and about["coverage"] < 1 and about["omitted_segments"] > 0
+    used = np.bincount(chosen.ids_N, minlength=len(length_N))
+    assert about["repeated_segments"] == np.count_nonzero(used > 1) and about["most_repeats"] == used.max()
+    assert about["coverage"] == pytest.approx(length_N[used > 0].sum() / length_N.sum())
+    assert len({order.manifest["multiset_sha256"] for order in (rising, twice, chosen)}) == 3
+    assert len({order.manifest["recipe"] for order in (rising, twice, chosen)}) == 3
+
+
+def test_two_measures_make_a_grid_of_bins(scores, tmp_path):
+    grid = make(
+        scores, tmp_path / "a.npy", measure="length x unigram_nll", bins=3, second_bins=2, schedule="increasing", axis=2
+    )
+    assert grid.manifest["bins"] == 6 and np.array(grid.manifest["composition"]).shape[1] == 6
+    val = np.load(val_path(tmp_path / "a.npy"))
+    assert set(val.tolist()) <= set(range(6))
+    first = make(
+        scores, tmp_path / "b.npy", measure="length x unigram_nll", bins=3, second_bins=2, schedule="increasing"
+    )
+    assert first.manifest["recipe"] != grid.manifest["recipe"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(schedule="placebo(fold(2))", tokens=3000),
+        dict(hold_extremes=0.1),
+        dict(measure="length x unigram_nll", bins=3, second_bins=2),
+        dict(multiset="reweight", schedule="tilt(4, 4)"),
+    ],
+)
+def test_the_pool_behind_an_order_is_binned_again_as_it_was(scores, tmp_path, options):
+    order = make(scores, tmp_path / "a.npy", **options)
+    table = score.read_scores(scores)
+    pool = sorted_pool(order, table)
+    at_N = np.searchsorted(pool.ids_P, order.ids_N)
+    given = np.bincount(
+        pool.bin_P[at_N], weights=table.segments.length_N[order.ids_N], minlength=order.manifest["bins"]
+    )
+    assert given.tolist() == order.manifest["given_tokens"]
+    order.manifest["bin_tokens"][0] += 1
+    with pytest.raises(InputError, match="bins of other sizes"):
+        sorted_pool(order, table)
 
 
 def test_an_existing_order_is_refused_and_left_alone(scores, tmp_path):
