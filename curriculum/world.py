@@ -144,7 +144,7 @@ class World:
 
 
 class Bundle:
-    """Parameters laid end to end in one buffer of items: matrices of one shape, or single numbers.
+    """Parameters laid end to end in one buffer of items: matrices of one shape, or (shape ()) single numbers.
 
     Every process holds all values and owns an equal share of the items: for it alone it receives gradients, keeps
     state and makes the step. The parameters become views of the buffer, so a step on the buffer is a step on them.
@@ -159,9 +159,10 @@ class Bundle:
         self.own = self.share(self.values)
 
     def laid_out(self, tensors: list[Tensor]) -> Tensor:
-        """One tensor for each parameter -> all items, filled up with zeros to a multiple of the processes."""
+        """One tensor for each parameter -> all items, filled up with zeros so that shares are equal."""
         items = [x.detach().reshape(count, *x.shape[x.ndim - len(self.item) :]) for x, count in self.counted(tensors)]
-        missing = -sum(self.counts) % self.world.size
+        # Numbers are shared out in whole vectors: fused AdamW rounds the odd ones at the end of a share differently.
+        missing = -sum(self.counts) % (self.world.size * (1 if self.item else 64))
         return torch.cat([*items, items[0].new_zeros(missing, *items[0].shape[1:])])
 
     def counted(self, tensors: list[Tensor]):
