@@ -190,8 +190,9 @@ def test_every_way_of_cutting_has_a_cache_of_its_own(own, scans):
     assert equal(corpus_segments(some, 64), scan_segments(some, 64)) and len(scans) == 4
 
 
-def test_a_shard_of_one_token_has_a_place_in_the_cache(tmp_path, own, scans):
-    write_shard(own.folder / "tiny_train_000001.bin", np.array([256]))
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_shard_of_one_token_has_a_place_in_the_cache(own, scans, shard):
+    write_shard(own.paths[shard], np.array([256]))
     assert equal(corpus_segments(own, 64), corpus_segments(own, 64)) and len(scans) == 1
     assert equal(corpus_segments(own, 64), scan_segments(own, 64))
 
