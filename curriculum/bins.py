@@ -35,11 +35,21 @@ class Layout(NamedTuple):
         return (self.bins + 2 * bool(self.hold_extremes)) * self.second_bins
 
     @property
+    def held_bins(self) -> tuple[int, ...]:
+        return (0, self.num_bins - 1) if self.hold_extremes else ()
+
+    @property
     def boundaries_F(self) -> np.ndarray:
         """Token-mass quantiles of the first measure between its bins."""
         held = self.hold_extremes
         inner = held + (1 - 2 * held) * np.arange(self.bins + 1) / self.bins
         return inner if held else inner[1:-1]
+
+    @property
+    def mass_S(self) -> np.ndarray:
+        """Share of the tokens in each bin, were they cut to the token: (S,), sum 1."""
+        mass = np.diff(self.boundaries_F, prepend=0.0, append=1.0)
+        return np.repeat(mass, self.second_bins) / self.second_bins
 
     def check(self, num_measures: int) -> None:
         """Raises InputError on what cannot be laid out."""

@@ -48,7 +48,7 @@ from data.files import atomic_path, digest, read_json, write_json
 from data.segments import Segments
 
 ORDER_VERSION = 2
-GRID = 2048  # cells of progress on which a schedule is evaluated
+GRID = 2520  # cells of progress on which a schedule is evaluated: halves to tenths of a run end between two of them
 TOLERANCE = 1e-9  # Sinkhorn's goal: relative error of every moment's token mass; columns are exact
 USABLE = 1e-3  # above this error after MAX_SWEEPS the schedule cannot be met and is refused
 MAX_SWEEPS = 5000
@@ -166,9 +166,8 @@ def main(
             print("  segments are binned, such bins cannot be told apart")
     save_order(out, ids, manifest)
     shown = load_order(out).manifest
-    print(
-        f"{out}: {len(ids):,} segments, {shown['num_tokens']:,} tokens, {plan.text} over {shown['bins']} bins of {measure}"
-    )
+    amount = f"{len(ids):,} segments, {shown['num_tokens']:,} tokens"
+    print(f"{out}: {amount}, {plan.text} over {shown['bins']} bins of {measure}")
     print(f"  order {shown['order_sha256'][:12]}  multiset {shown['multiset_sha256'][:12]}", end="")
     print(f"  recipe {shown['recipe']}  largest error of the schedule {built.schedule_error:.1e}")
     if multiset == "reweight":
@@ -241,26 +240,54 @@ def build_order(
     values = values if isinstance(values, list) else [values]
     layout = Layout(layout) if isinstance(layout, int) else layout
     layout.check(len(values))
+    if schedule.stock and budget_tokens:
+        raise InputError("schedule stock is the corpus as it lies: it goes with --multiset exact only")
     if layout.num_bins > len(length_N):
         raise InputError(f"bins = {layout.num_bins}, but there are only {len(length_N)} segments: use fewer bins")
     bins = cut_bins(values, length_N, layout)
     if schedule.placebo:
         bins = deal_bins(bins, layout, np.random.default_rng([seed, PLACEBO]))
-    wish_GS, error = layout.weights(schedule.weights, (np.arange(GRID) + 0.5) / GRID), 0.0
     if budget_tokens:
-        asked_GS = wish_GS * (budget_tokens / GRID)
+        asked_GS, error = wished(schedule, layout) * budget_tokens, 0.0
     else:
-        held = int(bins.tokens_S.sum())
-        wish_GS, error = project(wish_GS, bins.tokens_S / held)
-        asked_GS = wish_GS * (held * epochs)
+        exact_GS, error = exact(schedule, layout)
+        asked_GS = exact_GS * (bins.tokens_S * epochs / exact_GS.sum(0))
     entries = emit(bins, asked_GS, seed, whole_passes=0 if budget_tokens else epochs)
-    shuffle_spans(entries, schedule.iid_spans, len(length_N), seed)
+    if schedule.stock:
+        as_it_lies(entries, length_N, epochs)
+    shuffle_spans(entries, schedule.iid_spans, layout.held_bins, len(length_N), seed)
     at_M = by_time(entries.tau_M)
     if budget_tokens:
         at_M = at_M[: np.searchsorted(np.cumsum(entries.length_M[at_M], dtype=np.int64), budget_tokens, side="right")]
     # In time order each bin is read from front to back, so these lookups find their neighbours in the cache.
     columns = (column[at_M] for column in (entries.id_M, entries.length_M, entries.bin_M, entries.rank_M))
     return Built(*columns, bins, asked_GS, error)
+
+
+def wished(schedule: Schedule, layout: Layout) -> np.ndarray:
+    """The schedule as it is, as shares of a run's tokens: (G, S), summing to 1."""
+    return layout.weights(schedule.weights, (np.arange(GRID) + 0.5) / GRID) / GRID
+
+
+def exact(schedule: Schedule, layout: Layout) -> tuple[np.ndarray, float]:
+    """The schedule as an exact order gives it, (G, S) summing to 1, and the largest relative error of a moment.
+
+    Bins are taken to be cut to the token. They are within a segment of it, and a bin's tokens follow its column however
+    many they are; so what can be met is a matter of schedule and layout, not of the corpus. Stretches of `random` are
+    not projected: an honest sample does not make up for what the rest of the run asks too much or too little of a bin.
+
+    Raises InputError if the rest never visits a bin, or if no scaling of it comes near equal moments.
+    """
+    share_GS, error = wished(schedule, layout), 0.0
+    progress_G = (np.arange(GRID) + 0.5) / GRID
+    planned_G = np.ones(GRID, bool)
+    for begin, end in schedule.iid_spans:
+        planned_G &= (progress_G < begin) | (progress_G >= end)
+    if planned_G.any():
+        left_S = layout.mass_S - share_GS[~planned_G].sum(0)
+        scaled_GS, error = project(share_GS[planned_G], left_S / left_S.sum())
+        share_GS[planned_G] = scaled_GS * left_S.sum()
+    return share_GS, error
 
 
 def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, float]:
@@ -339,15 +366,27 @@ def emit(bins: Bins, asked_GS: np.ndarray, seed: int, whole_passes: int = 1) -> 
     return Entries(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def shuffle_spans(entries: Entries, spans: tuple[tuple[float, float], ...], num_segments: int, seed: int) -> None:
-    """Draw emission times within the spans anew, uniformly. A segment's draw is its own, whatever bin it is in."""
+def shuffle_spans(entries: Entries, spans, held_bins: tuple[int, ...], num_segments: int, seed: int) -> None:
+    """Draw emission times within the spans anew, uniformly. A segment's draw is its own, whatever bin it is in.
+
+    Held extremes stay where they are, spread over the middle of the run.
+    """
     passes = int(entries.pass_M.max(initial=0)) + 1
     for index, (begin, end) in enumerate(spans):
         inside_M = (entries.tau_M >= begin) & (entries.tau_M < end)
+        for b in held_bins:
+            inside_M &= entries.bin_M != b
         for number in range(passes):
             drawn_N = np.random.default_rng([seed, IID, index, number]).uniform(begin, end, num_segments)
             at = np.flatnonzero(inside_M if passes == 1 else inside_M & (entries.pass_M == number))
             entries.tau_M[at] = drawn_N[entries.id_M[at]]
+
+
+def as_it_lies(entries: Entries, length_N: np.ndarray, epochs: int) -> None:
+    """Emission times of the corpus as it lies in its shards: a segment's own place, once in each epoch."""
+    end_N = np.cumsum(length_N, dtype=np.int64)
+    place_N = (end_N - length_N / 2) / end_N[-1]
+    np.divide(entries.pass_M + place_N[entries.id_M], epochs, out=entries.tau_M)
 
 
 def by_time(tau_M: np.ndarray) -> np.ndarray:
@@ -444,7 +483,7 @@ def sorted_pool(order: Order, scores) -> Sorted:
     values = [evaluate(part, scores.columns)[ids_P] for part in measures_of(manifest["measure"])]
     length_P, layout = scores.segments.length_N[ids_P], Layout(**manifest["layout"])
     bins = cut_bins(values, length_P, layout)
-    if parse(manifest["schedule"]).placebo:
+    if manifest["schedule"].startswith("placebo("):  # the canonical text has it outermost
         bins = deal_bins(bins, layout, np.random.default_rng([manifest["seed"], PLACEBO]))
     if bins.tokens_S.tolist() != manifest["bin_tokens"]:
         raise InputError("gives bins of other sizes than the order's: make the order again")

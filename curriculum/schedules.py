@@ -44,11 +44,13 @@ class Schedule:
     `iid_spans` are stretches of progress where emission times are drawn uniformly rather than spread evenly:
     there the order is that of an honest shuffle, with its chance fluctuations, as in a random baseline.
     `placebo` asks the order to permute the map from segments to bins: same quotas, no meaning.
+    `stock` asks it to leave the corpus as it lies, whatever the bins.
     """
 
     weights: Callable[[np.ndarray, int], np.ndarray]
     iid_spans: tuple[tuple[float, float], ...] = ()
     placebo: bool = False
+    stock: bool = False
     text: str = ""  # the expression with every argument spelled out: equal texts are equal schedules
 
 
@@ -114,6 +116,11 @@ def random() -> Schedule:
            [0.5, 0.5]]), ((0.0, 1.0),))
     """
     return Schedule(uniform, iid_spans=((0.0, 1.0),))
+
+
+def stock() -> Schedule:
+    """The corpus as it lies in its shards, unshuffled: what other trainers read. No part of any other schedule."""
+    return Schedule(uniform, stock=True)
 
 
 def stratified() -> Schedule:
@@ -412,6 +419,8 @@ def then(first: Schedule, second: Schedule, tau: float = 0.2) -> Schedule:
            [0.5, 0.5]])
     """
     check_range("tau", tau, 0, 1, open_ends=True)
+    if first.stock or second.stock:
+        raise InputError("stock leaves a whole corpus as it lies: it cannot be a part of then(...)")
     if first.placebo or second.placebo:
         raise InputError("placebo permutes the bins of a whole run: write placebo(then(...)), not then(placebo(...))")
     cut = 1 - tau
@@ -460,6 +469,8 @@ def reverse(schedule: Schedule) -> Schedule:
     >>> reverse(warmup_then_random(0.25)).iid_spans
     ((0.0, 0.75),)
     """
+    if schedule.stock:
+        raise InputError("stock leaves a corpus as it lies: it has no reverse")
     spans = tuple((1 - b, 1 - a) for a, b in reversed(schedule.iid_spans))
     return replace(schedule, weights=lambda t_T, num_bins: schedule.weights(1 - t_T, num_bins), iid_spans=spans)
 
@@ -470,6 +481,8 @@ def placebo(schedule: Schedule) -> Schedule:
     >>> placebo(random()).placebo
     True
     """
+    if schedule.stock:
+        raise InputError("stock leaves a corpus as it lies, whatever the bins: it has no placebo")
     return replace(schedule, placebo=True)
 
 
@@ -545,7 +558,7 @@ def source_digest(target: str) -> str:
 FAMILIES: dict[str, Callable[..., Schedule]] = {
     f.__name__: f
     for f in (
-        *(random, stratified),
+        *(random, stratified, stock),
         *(increasing, decreasing, v, inverted_v, fold, zigzag, trend_cycle),
         *(copula, pacing, mid_out, outside_in, tilt),
         *(discrete, sequential, incremental, hybrid),

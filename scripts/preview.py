@@ -15,8 +15,9 @@ from string import Template
 
 import numpy as np
 
+from curriculum.bins import Layout
 from curriculum.config import Optim
-from curriculum.order import GRID, TOLERANCE, load_order, project
+from curriculum.order import GRID, TOLERANCE, exact, load_order, wished
 from curriculum.schedules import FAMILIES, parse
 from data.cli import InputError, command
 from data.files import atomic_path
@@ -29,7 +30,7 @@ TOP = 4  # times an even share: the darkest colour of the page
 WISH, EXACT, GIVEN = "as wished", "as an exact order", "as ordered"
 
 GALLERY = {
-    "Controls": ("random", "stratified", "placebo(increasing)"),
+    "Controls": ("random", "stratified", "stock", "placebo(increasing)"),
     "A window on its way": ("increasing", "decreasing", "v", "inverted_v", "fold", "zigzag", "trend_cycle"),
     "A density that changes its shape": ("copula", "tilt", "pacing", "mid_out", "outside_in"),
     "Levels in stages": ("sequential", "incremental", "hybrid", "discrete([(0.5, [2, 1]), (1, [1, 2])])"),
@@ -128,12 +129,12 @@ def picture_of_order(path: Path, optim: Optim) -> Picture:
 def picture_of_schedule(expression: str, num_bins: int, optim: Optim) -> Picture:
     """The wish, and what becomes of it where every bin holds as many tokens and is used up just once."""
     schedule = parse(expression)
-    wish_GB = schedule.weights((np.arange(GRID) + 0.5) / GRID, num_bins)
+    wish_GB = wished(schedule, Layout(num_bins)) * GRID
     asked_B = wish_GB.mean(0) * num_bins
     panels = {WISH: stretches(wish_GB)}
     numbers = {WISH: leaning(panels[WISH] @ middle_ranks(num_bins), optim)}
     try:
-        exact_GB, error = project(wish_GB, np.full(num_bins, 1 / num_bins))
+        exact_GB, error = exact(schedule, Layout(num_bins))
         panels[EXACT] = stretches(exact_GB * GRID)
         numbers[EXACT] = leaning(panels[EXACT] @ middle_ranks(num_bins), optim)
         if error > TOLERANCE:

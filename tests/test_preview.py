@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from curriculum.bins import Layout
 from curriculum.config import Optim
-from curriculum.order import GRID, project, save_order
+from curriculum.order import GRID, exact, save_order
 from curriculum.schedules import FAMILIES, parse
 from data.cli import InputError, command
 from scripts import preview
@@ -158,7 +159,7 @@ def test_a_page_holds_what_is_drawn_and_asks_no_network(tmp_path):
     assert not re.search(r"(src|href)=", without_plotly)
     (figure,) = figures(page)
     weights_GB = parse("fold(3)").weights((np.arange(GRID) + 0.5) / GRID, 6)
-    exact_GB, _ = project(weights_GB, np.full(6, 1 / 6))
+    exact_GB, _ = exact(parse("fold(3)"), Layout(6))
     for trace, drawn_GB in zip(figure["data"], (weights_GB, exact_GB * GRID), strict=True):
         np.testing.assert_allclose(np.array(trace["z"]), 6 * preview.stretches(drawn_GB).T, rtol=6e-3, atol=1e-9)
         assert trace["zmax"] == preview.TOP
