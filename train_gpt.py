@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curriculum import runs
-from curriculum.loader import Packed, Stream, prefetched
+from curriculum.loader import Batch, Counters, Packed, Plan, Stream, most_documents, planned, prefetched
 from curriculum.moments import softcapped
 from curriculum.runs import Work, prepare
 from curriculum.runs import load_checkpoint as load_checkpoint  # curriculum.reference asks here
@@ -632,10 +632,10 @@ class Fixed(NamedTuple):
 def to_device(
     part: Packed, max_len: int, device: torch.device, fixed: Fixed | None = None
 ) -> tuple[Tensor, Tensor, Documents]:
-    """Inputs, targets and documents of a row. Documents longer than `max_len` are cut (the sequence-length schedule,
-    #72); on CUDA the row is filled up with documents whose targets are -1."""
+    """Inputs, targets and documents (none longer than `max_len`) of a row; on CUDA it is filled up with documents whose
+    targets are -1."""
     token_T, target_T = (torch.from_numpy(x.astype(np.int64)) for x in (part.input_T, part.target_T))
-    bounds = recut(part.bounds, max_len)
+    bounds = part.bounds
     if fixed is not None:
         filler = max(0, fixed.row_tokens - len(token_T))
         ends = np.arange(len(token_T), len(token_T) + filler, max_len)[1:]
@@ -644,17 +644,6 @@ def to_device(
         token_T, target_T = F.pad(token_T, (0, filler)), F.pad(target_T, (0, filler), value=-1)
         token_T, target_T = (x.pin_memory().to(device, non_blocking=True) for x in (token_T, target_T))
     return token_T, target_T, documents(bounds, max_len, device)
-
-
-def recut(bounds: np.ndarray, max_len: int) -> np.ndarray:
-    """Bounds of documents -> those of their pieces of at most `max_len` tokens.
-
-    >>> recut(np.array([0, 5, 7]), 2).tolist()
-    [0, 2, 4, 5, 7]
-    """
-    pieces = -(-np.diff(bounds) // max_len)
-    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return np.append(np.repeat(bounds[:-1], pieces) + piece * max_len, bounds[-1]).astype(np.int32)
 
 
 @torch.no_grad()
@@ -724,7 +713,7 @@ def train(cfg: Config, world: World) -> bool:
     started, trainer = time.perf_counter(), None
     for one in cfg.seeds():
         work = prepare(one, say)
-        for parts in set(work.parts_S.tolist()):
+        for parts in set(work.plan.parts_S.tolist()):
             if parts % world.size:
                 raise InputError(
                     f"{parts} micro-batches (a step's tokens / data.micro_batch_tokens) cannot be shared "
@@ -750,10 +739,13 @@ def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
     optimizers = Optimizers(model, cfg.optim, world)
     if world.device.type == "cpu":
         return Trainer(cfg, model, optimizers, world, None)
-    cap = min(1.0, *cfg.data.seq_schedule, 1.0) * cfg.data.seq_len
-    row_tokens = cfg.data.micro_batch_tokens
-    most = max(most_documents(stream, row_tokens) for stream in (work.train, work.val, work.other_val))
-    fixed = Fixed(row_tokens, -(-int(most + 2 * row_tokens / cap) // 64) * 64)
+    row_tokens, whole = cfg.data.micro_batch_tokens, work.plan
+    steps = dict(steps=work.steps, max_len=whole.max_len_S)
+    most = most_documents(work.train, np.diff(whole.begin_S), whole.parts_S, **steps)
+    for stream in (work.val, work.other_val):
+        most = max(most, int(np.diff(packed_rows(stream.segments.length_N, row_tokens)).max()))
+    filler = -(-row_tokens // int(whole.max_len_S.min()))
+    fixed = Fixed(row_tokens, -(-(most + filler) // 64) * 64)
     trainer = Trainer(cfg, model, optimizers, world, fixed)
     model.hidden = torch.compile(model.hidden, dynamic=False)
     # Compile before the clock runs: one step at every window size, and an evaluation. Weights come afterwards.
@@ -767,12 +759,6 @@ def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
         model(*to_device(part, cfg.data.seq_len, world.device, fixed))
     torch.cuda.reset_peak_memory_stats()
     return trainer
-
-
-def most_documents(stream: Stream, row_tokens: int) -> int:
-    """No row of `row_tokens` consecutive tokens of the stream holds more documents, cut ones counted."""
-    begin_N = stream.end - stream.segments.length_N[stream.ids]
-    return int((np.searchsorted(begin_N, stream.end - 1 + row_tokens) - np.arange(len(begin_N))).max())
 
 
 def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started: float) -> bool:
@@ -796,7 +782,7 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
         log.write(
             runs.about_run(cfg, work, world.device, world.size, parameters=size, flops_per_token=flops, peak_flops=peak)
         )
-    total, tokens = int(work.begin_S[-1]), int(work.begin_S[step])
+    tokens = int(work.plan.begin_S[step])
     keep = {max(1, round(fraction * work.steps)) for fraction in cfg.run.save_at}
     last_save, clock, measured_from = time.perf_counter(), world.clock(), step
     rate_from = (tokens, time_s)  # tokens/s are measured from one logged row to the next
@@ -821,22 +807,19 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
                 runs.save_checkpoint(path, state)
             runs.save_resume_point(folder, state, cfg.run.keep_checkpoints)
 
-    wait_s, ready = 0.0, prefetched(placed_batches(cfg, work, step, trainer))
-    while step < work.steps:
-        asked = time.perf_counter()
-        parts = next(ready)
-        wait_s += time.perf_counter() - asked
-        progress = tokens / total
+    source = planned(work.train, work.plan, range(step, work.steps), world.rank, world.size)
+    counters = Counters()
+    for batch in prefetched(placed(source, work.plan, trainer), counters=counters):
+        progress = tokens / work.tokens
         tied = progress < cfg.model.tie_frac
-        if not tied and step and work.begin_S[step - 1] / total < cfg.model.tie_frac:
+        if not tied and step and work.plan.begin_S[step - 1] / work.tokens < cfg.model.tie_frac:
             optimizers.untie()
         ahead = [w * (1 - 1.5 * progress) for w in cfg.model.mtp_weights if progress < 2 / 3]
         window_share = stage(cfg.model.window_schedule, progress)
-        next_tokens = int(work.begin_S[step + 1])
         loss, gradients = torch.zeros((), device=world.device), PairwiseSum()
-        for part in parts:
+        for part in batch.parts:
             nll_T = model(*part, window_share, ahead)
-            part_loss = nll_T.sum() / (next_tokens - tokens)
+            part_loss = nll_T.sum() / batch.num_tokens
             part_loss.backward()
             if tied:
                 model.head.grad += model.embed.grad
@@ -850,7 +833,7 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
         optimizers.step(summed, step, progress, stage(cfg.data.batch_schedule, progress))
         if tied:
             model.embed.data.copy_(model.head.data)
-        step, tokens = step + 1, next_tokens
+        step, tokens = step + 1, tokens + batch.num_tokens
         last, kept = step == work.steps, step in keep
 
         logged = step % cfg.run.log_every == 0
@@ -865,13 +848,17 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
             mfu = flops * per_second / (peak * world.size) if peak else None
             numbers = dict(tokens_per_second=round(per_second), mfu=mfu, memory_gib=runs.memory_gib(world.device))
             row = dict(
-                step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3), wait_s=round(wait_s, 4)
+                step=step,
+                tokens=tokens,
+                train_nats=train_nats,
+                time_s=round(time_s, 3),
+                wait_s=round(counters.wait_seconds, 4),
             )
             log.write(row | {key: value for key, value in numbers.items() if value is not None})
             log.say(
                 f"step:{step}/{work.steps} train_loss:{train_nats:.4f} train_time:{1000 * time_s:.0f}ms "
                 f"tok/s:{per_second:.0f} {f'mfu:{100 * mfu:.1f}% ' if mfu else ''}"
-                f"eta:{(total - tokens) / per_second:.0f}s"
+                f"eta:{(work.tokens - tokens) / per_second:.0f}s"
             )
         late = cfg.data.val_every_late if step > 0.9 * work.steps else 0
         if step % (late or cfg.data.val_every) == 0 or last:  # the clock stands still here
@@ -901,18 +888,12 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
     return True
 
 
-def placed_batches(cfg: Config, work: Work, first_step: int, trainer: Trainer) -> Iterator[list]:
-    """This process's micro-batches of every step, on the device. Runs ahead, in a thread."""
-    world, total = trainer.world, int(work.begin_S[-1])
-    for step in range(first_step, work.steps):
-        begin, end = (int(x) for x in work.begin_S[step : step + 2])
-        num_parts = int(work.parts_S[step])
-        max_len = round(cfg.data.seq_len * stage(cfg.data.seq_schedule, begin / total))
-        cuts = [begin + (end - begin) * i // num_parts for i in range(num_parts + 1)]
-        mine = range(world.rank * num_parts // world.size, (world.rank + 1) * num_parts // world.size)
-        # A last batch of fewer tokens than micro-batches leaves some empty.
-        spans = [(cuts[i], cuts[i + 1]) for i in mine if cuts[i + 1] > cuts[i]]
-        yield [to_device(work.train.read(a, b), max_len, world.device, trainer.fixed) for a, b in spans]
+def placed(batches: Iterator[Batch], plan: Plan, trainer: Trainer) -> Iterator[Batch]:
+    """The batches, on the device. Runs ahead, in a thread."""
+    for batch in batches:
+        max_len = int(plan.max_len_S[batch.step])
+        parts = [to_device(part, max_len, trainer.world.device, trainer.fixed) for part in batch.parts]
+        yield batch._replace(parts=parts)
 
 
 def diverged(what: str, step: int, folder: Path) -> str:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from curriculum.config import Config, Data, stage
-from curriculum.loader import Stream
+from curriculum.loader import Plan, Stream, plan
 from data.cli import InputError
 from data.files import atomic_path, read_json, write_json
 from data.segments import Segments, corpus_segments
@@ -49,14 +49,17 @@ class Work(NamedTuple):
     bin_N: np.ndarray | None  # of the validation segments
     corpus: Corpus
     unit: str  # what its segments are: documents, or windows without regard to them
-    begin_S: np.ndarray  # tokens before each step, (steps + 1,); the last is where the run ends
-    parts_S: np.ndarray  # micro-batches of each step, (steps,)
+    plan: Plan  # where every step begins in the stream, and how it is cut
     identity: dict  # all that must be equal for a run folder to be continued
     order: dict  # what the log says of the order
 
     @property
     def steps(self) -> int:
-        return len(self.parts_S)
+        return len(self.plan.parts_S)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.plan.begin_S[-1])
 
 
 def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
@@ -87,9 +90,9 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
             bin_N = load_val_bins(path, order.manifest)
     ids = np.arange(len(segments)) if order is None else np.asarray(order.ids_N)
     train = Stream(corpus, segments, ids)
-    begin_S, parts_S = plan(train.num_tokens, cfg.run.steps, data)
-    if begin_S[-1] < train.num_tokens:
-        say(f"note: the run stops after {begin_S[-1]:,} of the order's {train.num_tokens:,} tokens; others see others")
+    steps = run_plan(train.num_tokens, cfg.run.steps, data)
+    if (used := int(steps.begin_S[-1])) < train.num_tokens:
+        say(f"note: the run stops after {used:,} of the order's {train.num_tokens:,} tokens; other orders see others")
     # Rows of the public protocol are 1,024 tokens; a model that never saw so many is asked about what it saw.
     other = corpus_segments(val_corpus, data.seq_len if unit == "window" else min(1024, data.seq_len), OTHER[unit])
     val = stock(val_corpus, val_segments)
@@ -113,9 +116,7 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
     if order is not None:
         about |= {key: order.manifest[key] for key in ("measure", "schedule", "bins", "seed", "num_segments")}
     val_tokens = min(data.val_tokens, val.num_tokens)
-    return Work(
-        train, val, stock(val_corpus, other), val_tokens, bin_N, corpus, unit, begin_S, parts_S, identity, about
-    )
+    return Work(train, val, stock(val_corpus, other), val_tokens, bin_N, corpus, unit, steps, identity, about)
 
 
 OTHER = {"document": "window", "window": "document"}
@@ -126,16 +127,17 @@ def stock(corpus: Corpus, segments: Segments) -> Stream:
     return Stream(corpus, segments, np.arange(len(segments)))
 
 
-def plan(num_tokens: int, steps: int, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Where the batches of a run begin, (steps + 1,), and into how many micro-batches each is cut, (steps,).
+def run_plan(num_tokens: int, steps: int, data: Data) -> Plan:
+    """Where the batches of a run begin, into how many micro-batches each is cut, and the longest document of each.
 
     `steps` counts batches of data.batch_tokens: with a batch schedule it is a number of tokens. 0 means all tokens;
     then the last batch holds what is left. Raises InputError if there are fewer tokens than asked for.
 
-    >>> plan(1000, 0, Data(batch_tokens=400, micro_batch_tokens=100, seq_len=50))
-    (array([   0,  400,  800, 1000]), array([4, 4, 4]))
-    >>> plan(1000, 2, Data(batch_tokens=400, micro_batch_tokens=100, seq_len=50, batch_schedule=(0.5, 1.0)))
-    (array([  0, 200, 400, 800]), array([2, 2, 4]))
+    >>> shape = dict(batch_tokens=400, micro_batch_tokens=100, seq_len=50)
+    >>> run_plan(1000, 0, Data(**shape)).begin_S.tolist()
+    [0, 400, 800, 1000]
+    >>> [x.tolist() for x in run_plan(1000, 2, Data(**shape, batch_schedule=(0.5, 1), seq_schedule=(0.4, 1)))]
+    [[0, 200, 400, 800], [2, 2, 4], [20, 20, 50]]
     """
     wanted = (steps or -(-num_tokens // data.batch_tokens)) * data.batch_tokens
     if wanted - num_tokens >= data.batch_tokens:
@@ -143,12 +145,14 @@ def plan(num_tokens: int, steps: int, data: Data) -> tuple[np.ndarray, np.ndarra
             f"run.steps {steps} of {data.batch_tokens} tokens need {wanted} tokens, "
             f"the order holds {num_tokens} ({-(-num_tokens // data.batch_tokens)} steps)"
         )
-    end, begin, parts = min(wanted, num_tokens), [0], []
-    while begin[-1] < end:
-        tokens = round(stage(data.batch_schedule, begin[-1] / end) * data.batch_tokens)
-        parts.append(tokens // data.micro_batch_tokens)
-        begin.append(min(begin[-1] + tokens, end))
-    return np.array(begin), np.array(parts)
+    end, at, rows = min(wanted, num_tokens), 0, []
+    while at < end:
+        tokens = round(stage(data.batch_schedule, at / end) * data.batch_tokens)
+        max_len = max(1, round(stage(data.seq_schedule, at / end) * data.seq_len))
+        rows.append((min(tokens, end - at), tokens // data.micro_batch_tokens, max_len))
+        at += tokens
+    batch_tokens, num_parts, max_lens = zip(*rows, strict=True)
+    return plan(num_tokens, batch_tokens, num_parts, len(rows), max_lens)
 
 
 # -- The folder

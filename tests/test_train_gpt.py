@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from curriculum.config import Config, Optim, validate
-from curriculum.loader import Packed
+from curriculum.loader import Packed, planned
 from curriculum.moments import softcapped
 from data.cli import InputError
 
@@ -241,14 +241,6 @@ def test_a_step_is_counted_in_multiplications():
     keys = sum(sum(min(t, block.window) + 1 for n in lengths for t in range(n)) for block in model.blocks) / 99
     weights = 4 * (4 * 32**2 + 8 * 32**2) + 50 * 32
     assert model.flops_per_token(lengths) == pytest.approx(6 * weights + 12 * 32 * keys)
-
-
-def test_documents_are_cut_to_the_length_of_the_moment():
-    tokens = np.arange(11).astype(np.uint16)
-    part = Packed(tokens[:-1], tokens[1:], np.array([0, 3, 10], np.int32))
-    _, _, docs = train_gpt.to_device(part, 4, CPU)
-    assert docs.bounds.tolist() == [0, 3, 7, 10]
-    assert docs.position_T.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
 
 
 @pytest.mark.parametrize(("polynomials", "iterations", "off"), [("jordan", 5, 0.35), ("simple", 12, 0.1)])
@@ -510,14 +502,12 @@ def test_the_end_is_validated_under_both_protocols(tiny_corpus, tmp_path):
 def test_a_batch_schedule_uses_every_token_of_the_order_once(tiny_corpus, tmp_path):
     cfg = tiny_config(tiny_corpus, tmp_path / "run", "flags")
     work = train_gpt.prepare(cfg, print)
-    assert work.begin_S[-1] == work.train.num_tokens
-    sizes = np.diff(work.begin_S)
+    assert work.tokens == work.train.num_tokens
+    sizes = np.diff(work.plan.begin_S)
     assert set(sizes[:-1]) == {256, 512} and (np.diff(sizes[:-1]) >= 0).all()
-    read = [
-        part
-        for batch in train_gpt.placed_batches(cfg, work, 0, train_gpt.make_trainer(cfg, work, ONE))
-        for part in batch
-    ]
+    source = planned(work.train, work.plan, range(work.steps))
+    placed = train_gpt.placed(source, work.plan, train_gpt.make_trainer(cfg, work, ONE))
+    read = [part for batch in placed for part in batch.parts]
     whole = work.train.read(0, work.train.num_tokens)
     for i, expected in enumerate((whole.input_T, whole.target_T)):
         assert np.array_equal(torch.cat([part[i] for part in read]).numpy(), expected)
