@@ -310,10 +310,12 @@ def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, flo
             row_G /= held_G * num_cells
     # The last column scaling came after the last row scaling that is kept: columns exact, rows within `error`.
     if not error <= USABLE:  # NaN: the scaling overflowed on its way to infinity
-        worst = int(np.argmax(np.nan_to_num(np.abs(held_G * num_cells - 1), nan=np.inf)))
+        wished_B = weights_GB.sum(0) / weights_GB.sum()
+        b = int(np.argmax(np.abs(np.log(wished_B / mass_B))))
         raise InputError(
-            "the schedule cannot use every segment exactly once: too few of the bins it visits around progress "
-            f"{worst / num_cells:.2f} have tokens left for it; widen sigma or use fewer bins"
+            "the schedule cannot use every segment exactly once: it visits too few bins at a time for each to be used up "
+            f"when it moves on (it wishes bin {b} for {wished_B[b]:.1%} of the tokens, there are {mass_B[b]:.1%}); "
+            "use a wider sigma, fewer bins, or --multiset reweight"
         )
     return (row_G if error < TOLERANCE else row_G * held_G * num_cells)[:, None] * weights_GB * column_B, error
 
