@@ -311,8 +311,12 @@ def most_documents(
 
     Room for this many (plus one bound) never overflows, however short documents cluster in the order.
     """
-    whole = plan(stream.num_tokens, batch_tokens, num_parts, steps, max_len)
-    most = 0
+    return int(documents_of_parts(stream, plan(stream.num_tokens, batch_tokens, num_parts, steps, max_len)).max())
+
+
+def documents_of_parts(stream: Stream, whole: Plan) -> np.ndarray:
+    """How many documents each micro-batch of a run will hold, in their sequence, without reading a token."""
+    counts = []
     # Stretches of steps with one longest document: each needs only its own segments, so all together cost one pass.
     edges = np.flatnonzero(np.diff(whole.max_len_S, prepend=-1, append=-1))
     for first_step, last_step in zip(edges[:-1], edges[1:], strict=True):
@@ -331,8 +335,8 @@ def most_documents(
         head_C = -(-(np.minimum(end_N[first_C], b_C) - a_C) // cap)
         tail_C = -(-(b_C - end_N[last_C - 1]) // cap)
         rest_C = upto_N[last_C - 1] - upto_N[first_C] + tail_C
-        most = max(most, int((head_C + np.where(last_C > first_C, rest_C, 0)).max()))
-    return most
+        counts.append(head_C + np.where(last_C > first_C, rest_C, 0))
+    return np.concatenate(counts)
 
 
 def prefetched(items: Iterator, depth: int = 2, counters: Counters | None = None) -> Iterator:
