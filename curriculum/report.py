@@ -1,40 +1,47 @@
 """The report: what a comparison found, as one HTML file that needs nothing else, offline and in any browser.
 
-    render(arms, rows, problems, baseline) -> text of the page
+    render(arms, rows) -> text of the page
 
 A section is a function from runs and artifacts to HTML, a figure a plain dict in plotly's JSON schema. plotly.js is
 inlined once; a content security policy forbids the page any request. Colours are written as CSS variables, like
 "var(--grid)", and looked up in the browser, so plots follow a change from light to dark. An artifact that is gone (an
 order, scores, shards) costs its section, never the page: the section says which, in the words of the InputError.
+
+What belongs to one arm carries its number (`data-arm`, or `meta.arm` of a trace), by which the page's one filter hides
+it. A figure is read and drawn when it comes near the window, so a hundred arms open as fast as five.
 """
 
 import functools
 import html
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from string import Template
 
 import numpy as np
 
-from curriculum.compare import CONFIDENCE, Row
+from curriculum.compare import ALPHA, CONFIDENCE, ORDER, Row, columns, first_reached
+from curriculum.compare import number as plain_number
 from curriculum.config import LOCATIONS
 from curriculum.measures import evaluate
-from curriculum.order import Order, equal_bins, load_order, token_ranks
-from curriculum.records import Run
+from curriculum.order import Order, load_order, measures_of, sorted_pool
+from curriculum.records import Arms, Run
 from curriculum.score import Scores, read_scores
 from data.cli import InputError
 from data.shards import open_corpus, read_shard
 from data.tokenizer import decode, of_corpus
 
-ALPHA = 0.05
 HUES = 6  # colours in STYLE, checked for contrast (3:1) and for the three colour blindnesses; then the dash changes
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
 SVG_DASHES = ("none", "7 3", "2 2.5", "7 3 2 3")
+MANY = 12  # with more arms than this the line plots begin with the baseline and the FIRST lowest
+FIRST = 8
 START = 0.1  # loss axes fit what comes after this share of the run; the first steps would flatten all the rest
 POINTS = 200  # of a curve at most
 STRETCHES = 100  # training loss is averaged over this many equal stretches of the run
+FOREST_HEAD, FOREST_ROW = 110, 30  # pixels
 HEAT_ROWS = 32  # of an order's heat map at most; finer bins are merged for display
 HISTOGRAM_BINS = 48
 ROBUST = (0.005, 0.995)  # range of a histogram, in quantiles of token mass
@@ -62,17 +69,19 @@ MEASURES = {  # unit, meaning; a column that is not here is shown by its name al
 }
 
 
-def render(arms: dict[str, list[Run]], rows: list[Row], problems: list[str], baseline: str) -> str:
-    """The whole page. `arms` holds finished, comparable runs by name; `rows` their comparison with `baseline`."""
+def render(compared: Arms, rows: list[Row], alpha: float = ALPHA, target: float | None = None) -> str:
+    """The whole page. `rows` are those of the arms' comparison; `target` a loss, else the baseline's last."""
     from plotly.offline import get_plotlyjs
 
-    looks = assign_looks(arms, baseline)
+    baseline, arms = compared.baseline, {row.name: compared.runs[row.name] for row in rows}
+    looks = assign_looks(compared.runs, baseline)
     orders, gone = find_orders(arms)
     scores_of = functools.cache(read_scores)
     sections = [
-        ("result", "Result", lambda: result(rows, problems, baseline, looks)),
+        ("result", "Result", lambda: result(rows, compared.problems, baseline, looks, alpha)),
         ("curves", "Loss curves", lambda: loss_curves(arms, baseline, looks)),
         ("differences", f"Difference to {baseline} at the end", lambda: differences(arms, rows, baseline, looks)),
+        ("tokens", "Tokens saved, tokens to a target", lambda: tokens(arms, rows, baseline, looks, target)),
         ("bins", "Validation loss by bin", lambda: losses_by_bin(arms, baseline, looks)),
         ("orders", "Orders", lambda: order_maps(arms, orders, gone, looks)),
         ("measures", "Measures", lambda: measure_histograms(orders, gone, scores_of)),
@@ -85,10 +94,11 @@ def render(arms: dict[str, list[Run]], rows: list[Row], problems: list[str], bas
         scope=scope(arms, baseline),
         style=STYLE,
         contents="".join(f'<li><a href="#{key}">{text(title)}</a></li>' for key, title, _ in sections),
+        filter=arm_filter(len(arms)),
         result=built[0],
-        key=arm_key(looks),
-        compared="\n".join(built[1:5]),
-        rest="\n".join(built[5:]),
+        key=arm_key(arms, looks),
+        compared="\n".join(built[1:6]),
+        rest="\n".join(built[6:]),
         plotly=get_plotlyjs(),
         script=SCRIPT,
     )
@@ -121,15 +131,24 @@ def missing(reasons: Iterable[object]) -> str:
     return "".join(f'<p class="missing">Not shown: {text(reason)}.</p>' for reason in reasons)
 
 
-def table(head: list[str], rows: list[list[str]], label: str, words: int = 0) -> str:
-    """Cells are HTML: a name, numbers (set right), at last `words` columns of text. Scrolls sideways in its own box."""
-    kinds = [' class="number"' if 0 < i < len(head) - words else "" for i in range(len(head))]
-    header = "".join(f'<th scope="col"{kind}>{cell}</th>' for kind, cell in zip(kinds, head, strict=True))
+def table(
+    head: list[str], rows: list[list[str]], label: str, words: Iterable[int] = (), slots: Iterable[int] = ()
+) -> str:
+    """Cells are HTML: a name, then numbers (set right), and words in the columns named. Scrolls in its own box.
+
+    A column is sorted by the button in its head. `slots` are the arms of the rows, for the filter.
+    """
+    kinds = ["" if i in {0, *words} else ' class="number"' for i in range(len(head))]
+    header = "".join(
+        f'<th scope="col"{kind}><button type="button">{cell}</button></th>' if cell else '<th scope="col"></th>'
+        for kind, cell in zip(kinds, head, strict=True)
+    )
+    marks = [f' data-arm="{slot}"' for slot in slots] or [""] * len(rows)
     body = "\n".join(
-        f'<tr><th scope="row">{first}</th>'
+        f'<tr{mark}><th scope="row">{first}</th>'
         + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds[1:], cells, strict=True))
         + "</tr>"
-        for first, *cells in rows
+        for mark, (first, *cells) in zip(marks, rows, strict=True)
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}"><table>'
@@ -140,8 +159,9 @@ def table(head: list[str], rows: list[list[str]], label: str, words: int = 0) ->
 def plot(figure: dict, title: str, caption: str, height: int = 360, level: int = 3, look: "Look | None" = None) -> str:
     """A figure under its title, with a caption (HTML). Its data lie beside it, and the script draws them."""
     data = json.dumps(figure, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    arm = f' data-arm="{look.slot}"' if look else ""
     return (
-        f'<figure class="plot"><h{level}>{look.swatch if look else ""}{text(title)}</h{level}>'
+        f'<figure class="plot"{arm}><h{level}>{look.swatch if look else ""}{text(title)}</h{level}>'
         f'<div class="canvas" role="img" aria-label="{text(title)}" style="height:{height}px"></div>'
         f'<figcaption>{caption}</figcaption><script type="application/json">{data}</script></figure>\n'
     )
@@ -153,7 +173,16 @@ def number(value: float | None, spec: str = ".4f") -> str:
     >>> number(-0.5, "+.2f"), number(None)
     ('−0.50', '–')
     """
-    return "–" if value is None else format(value, spec).replace("-", "−")
+    return minus(plain_number(value, spec))
+
+
+def minus(cell: str) -> str:
+    """Hyphens before digits as minus signs.
+
+    >>> minus("-0.1 … +0.2")
+    '−0.1 … +0.2'
+    """
+    return re.sub(r"-(?=[\d.])", "−", cell)
 
 
 def several(count: int, noun: str) -> str:
@@ -219,16 +248,27 @@ def marked(name: str, looks: dict[str, Look]) -> str:
     return f"{looks[name].swatch}{text(name)}"
 
 
-def arm_key(looks: dict[str, Look]) -> str:
-    """The one legend of the page: a checkbox for every arm."""
-    boxes = "".join(
-        f'<label><input type="checkbox" checked value="{look.slot}">{marked(name, looks)}</label>'
-        for name, look in looks.items()
+def arm_filter(count: int) -> str:
+    return (
+        '<form class="filter" role="search"><label>Filter arms <input type="search" autocomplete="off" '
+        f'spellcheck="false" placeholder="words of a name"></label> <output>{several(count, "arm")}</output></form>'
     )
+
+
+def arm_key(arms: Iterable[str], looks: dict[str, Look]) -> str:
+    """The one legend of the page: a checkbox for every arm, in the order of the leaderboard."""
+    names = list(arms)
+    shown = names if len(names) <= MANY else names[: 1 + FIRST]
+    boxes = "".join(
+        f'<label data-arm="{looks[name].slot}"><input type="checkbox"{" checked" if name in shown else ""} '
+        f'value="{looks[name].slot}">{marked(name, looks)}</label>'
+        for name in names
+    )
+    said = "" if shown is names else f' <span class="note">first drawn: baseline and the {FIRST} lowest</span>'
     return (
         f'<fieldset class="key"><legend>Arms in the line plots</legend><div class="chips">'
         '<button type="button" data-show="all">all</button>'
-        f'<button type="button" data-show="base">baseline only</button>{boxes}</div></fieldset>'
+        f'<button type="button" data-show="base">baseline only</button>{said}{boxes}</div></fieldset>'
     )
 
 
@@ -365,15 +405,24 @@ def curve_traces(name: str, look: Look, n: int, curve: Curve, spec: str) -> list
 # 1. Result
 
 
-def result(rows: list[Row], problems: list[str], baseline: str, looks: dict[str, Look]) -> str:
+def result(rows: list[Row], problems: list[str], baseline: str, looks: dict[str, Look], alpha: float) -> str:
     notes = "".join(f"<li>{text(problem)}</li>" for problem in problems)
-    sentence = text(verdict(rows, baseline)).replace(" = ", "&nbsp;=&nbsp;")
+    sentence = text(verdict(rows, baseline, alpha)).replace(" = ", "&nbsp;=&nbsp;")
+    saved = next((row.saved.said for row in rows if row.saved), None)
     return (
         f'<p class="verdict">{sentence}</p>\n{leaderboard(rows, baseline, looks)}\n'
-        f"<p class='note'>Final validation loss in nats, mean over n runs. <i>Difference</i>: to {text(baseline)}, "
-        f"negative is better, with its {CONFIDENCE:.0%} interval (Welch, for each arm by itself). <i>p</i>: one-sided, "
-        "is the arm's loss lower? <i>Holm</i>: corrected for the number of arms tested.</p>\n"
-        + (f"<h3>Notes</h3><ul class='notes'>{notes}</ul>" if problems else "")
+        f"<p class='note'>Final validation loss in nats, mean over n order seeds. <i>vs baseline</i>: to "
+        f"{text(baseline)}, negative is better, with its {CONFIDENCE:.0%} interval (Welch, for each arm by itself). "
+        "<i>p</i>: one-sided, is the arm's loss lower? <i>Holm</i>: corrected for the number of arms tested; "
+        "<i>ranks</i>: Mann–Whitney. <i>placebo</i>: against the same schedule over bins drawn by chance; "
+        "<i>length</i>: over bins of the segments' length. A <i>win</i> beats all three"
+        + (f". <i>Tokens saved</i>: slope from {text(saved)}" if saved else "")
+        + ".</p>\n"
+        + (
+            f"<details open><summary>Notes ({len(problems)})</summary><ul class='notes'>{notes}</ul></details>"
+            if problems
+            else ""
+        )
     )
 
 
@@ -388,57 +437,60 @@ def scope(arms: dict[str, list[Run]], baseline: str) -> str:
     )
 
 
-def verdict(rows: list[Row], baseline: str) -> str:
+def verdict(rows: list[Row], baseline: str, alpha: float = ALPHA) -> str:
     """The comparison in one sentence, with n."""
     base = next(row for row in rows if row.name == baseline)
-    others = [row for row in rows if row.name != baseline]
-    tested = [row for row in others if row.p_holm is not None]
+    others = [row for row in rows if row.name != baseline and row.track == ORDER and not row.is_baseline]
+    chosen = sum(row.track != ORDER and not row.is_baseline for row in rows)
+    tested = [row for row in others if row.test and row.test.p_holm is not None]
     if not others:
-        return f"Nothing is compared: {baseline} (n = {base.n}) is the only arm."
+        alone = "the only arm" if len(rows) == 1 else "the only arm that was trained on these tokens"
+        return f"Nothing is compared: {baseline} (n = {base.n}) is {alone}."
     if not tested:
         return (
             f"No test could be made of {several(len(others), 'arm')} (n = {span(row.n for row in others)}) against "
-            f"{baseline} (n = {base.n}): it takes two runs of each, and some spread between runs."
+            f"{baseline} (n = {base.n}): it takes two order seeds of each, and some spread between runs."
         )
-    better = [row for row in tested if row.p_holm < ALPHA]
-    worse = [row.name for row in tested if row.low > 0]
+    better = [row for row in tested if "baseline" in row.beaten]
+    wins = [row.name for row in tested if row.win]
+    worse = [row.name for row in tested if row.test.low > 0]
     if better:
-        count = f"{len(better)} of {several(len(tested), 'tested arm')}"
-        names = ", ".join(f"{r.name} by {-r.difference:.4f} nats (n = {r.n}, p = {r.p_holm:.2g})" for r in better)
-        said = f"{count} beat {baseline} (n = {base.n}) at Holm p < {ALPHA:g}: {names}"
+        count = f"{len(better)} of {several(len(tested), 'tested arm')} beat"
+        count = "The one tested arm beats" if len(tested) == 1 else count
+        names = ", ".join(
+            f"{row.name} by {-row.test.difference:.4f} nats (n = {row.n}, p = {row.test.p_holm:.2g})" for row in better
+        )
+        said = f"{count} {baseline} (n = {base.n}) at Holm p < {alpha:g}: {names}"
+        said += (
+            f"; a win, against placebo and length as well: {', '.join(wins)}"
+            if wins
+            else "; no win, which takes beating a placebo and an order by length as well"
+        )
     else:
         who = "The one tested arm is not" if len(tested) == 1 else f"None of {len(tested)} tested arms is"
-        reach = max((row.high - row.low) / 2 for row in tested)
+        reach = max((row.test.high - row.test.low) / 2 for row in tested)
         said = (
             f"{who} shown to beat {baseline} (n = {span(row.n for row in tested)} against {base.n}): the smallest "
-            f"Holm p is {min(row.p_holm for row in tested):.2g}, and intervals reach up to ± {reach:.2g} nats"
+            f"Holm p is {min(row.test.p_holm for row in tested):.2g}, and intervals reach up to ± {reach:.2g} nats"
         )
     if worse:
         said += f"; worse by the whole interval: {', '.join(worse)}"
     if untested := len(others) - len(tested):
         said += f"; {several(untested, 'more arm')} could not be tested"
+    if chosen:
+        said += f"; {several(chosen, 'arm')} of other tokens (selection) stand{'s' * (chosen == 1)} apart"
     return said + "."
 
 
 def leaderboard(rows: list[Row], baseline: str, looks: dict[str, Look]) -> str:
-    head = ["arm", "n", "mean loss", "sd", "difference", f"{CONFIDENCE:.0%} interval", "p", "p (Holm)"]
-    body = []
-    for row in rows:
-        interval = number(None) if row.low is None else f"{number(row.low, '+.4f')} … {number(row.high, '+.4f')}"
-        holm = number(row.p_holm, ".3g")
-        body.append(
-            [
-                marked(row.name, looks) + (" <small>baseline</small>" if row.name == baseline else ""),
-                str(row.n),
-                number(row.mean),
-                number(row.sd),
-                number(row.difference, "+.4f"),
-                interval,
-                number(row.p, ".3g"),
-                f"<strong>{holm}</strong>" if row.p_holm is not None and row.p_holm < ALPHA else holm,
-            ]
-        )
-    return table(head, body, "Leaderboard")
+    """The table of the terminal and the README, with the arms' marks."""
+    cells = columns(rows, baseline)
+    names = [marked(row.name, looks) for row in rows]
+    rest = [[minus(text(cell)) for cell in found] for title, found in cells.items() if title not in ("arm", "claim")]
+    where = list(cells).index("claim")
+    rest.insert(where - 1, [re.sub(r"\*\*(.+)\*\*", r"<strong>\1</strong>", text(cell)) for cell in cells["claim"]])
+    body = [list(row) for row in zip(names, *rest, strict=True)]
+    return table([text(title) for title in cells], body, "Leaderboard", [where], [looks[row.name].slot for row in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -503,55 +555,138 @@ def curve_figure(arms, curves: dict[str, Curve], looks: dict[str, Look], end: fl
 
 
 def differences(arms: dict[str, list[Run]], rows: list[Row], baseline: str, looks: dict[str, Look]) -> str:
-    unknown = [row.name for row in rows if row.low is None and row.name != baseline]
+    mean = {row.name: row.mean for row in rows}
+    marks = []
+    for row in rows:
+        if row.test or row.is_baseline:
+            base = mean[row.test.name] if row.test else row.mean
+            marks.append(Mark(row.name, row.n, row.mean - base, *bounds(row.test), finals(arms[row.name]) - base))
+    unknown = [row.name for row in rows if row.test and row.test.low is None]
+    left_out = [row.name for row in rows if not row.test and not row.is_baseline]
     return plot(
-        forest(arms, rows, baseline, looks),
+        forest(arms, marks, looks, "difference (nats)", "%{x:+.4f} nats", 0.0),
         "Final validation loss, difference of means",
         f"Large mark and bar: difference of means and its {CONFIDENCE:.0%} Welch interval, not corrected for the "
         f"number of arms. Small circles: single runs, less the mean of {text(baseline)}. Left of the line is better."
-        + (f" Too few runs for an interval: {text(', '.join(unknown))}." if unknown else ""),
-        height=110 + 34 * len(rows),
+        + (f" Too few order seeds for an interval: {text(', '.join(unknown))}." if unknown else "")
+        + (f" No baseline of their settings: {text(', '.join(left_out))}." if left_out else ""),
+        height=FOREST_HEAD + FOREST_ROW * len(marks),
     )
 
 
-def forest(arms: dict[str, list[Run]], rows: list[Row], baseline: str, looks: dict[str, Look]) -> dict:
-    """A row for each arm: the interval, and its runs below."""
-    base = next(row.mean for row in rows if row.name == baseline)
-    traces, seen = [], [0.0]
-    for place, row in enumerate(rows):
-        look = looks[row.name]
-        runs = np.array([run.final_val_nats for run in arms[row.name]]) - base
-        difference = row.difference or 0.0
-        seen += [*runs, difference] + ([row.low, row.high] if row.low is not None else [])
-        mark = dict(
+def bounds(found) -> tuple[float | None, float | None]:
+    """Of anything with an interval, or of nothing."""
+    return (found.low, found.high) if found is not None else (None, None)
+
+
+def finals(runs: list[Run]) -> np.ndarray:
+    return np.array([run.final_val_nats for run in runs])
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A row of a forest plot: a number with its interval, and those of single runs."""
+
+    name: str
+    n: int
+    value: float | None
+    low: float | None
+    high: float | None
+    single_R: np.ndarray
+
+
+def forest(
+    arms: dict[str, list[Run]], marks: list[Mark], looks: dict[str, Look], title: str, hover: str, zero: float | None
+) -> dict:
+    """A row for each arm: the interval, and its runs below. The script moves rows as arms are filtered and sorted."""
+    traces, seen = [], [] if zero is None else [zero]
+    for place, mark in enumerate(marks):
+        look = looks[mark.name]
+        seen += [*mark.single_R, *(v for v in (mark.value, mark.low, mark.high) if v is not None)]
+        if len(mark.single_R):
+            traces.append(
+                dict(
+                    type="scatter",
+                    mode="markers",
+                    x=numbers(mark.single_R),
+                    y=[place + 0.3] * len(mark.single_R),
+                    text=[text(run.folder) for run in arms[mark.name]],
+                    marker=dict(color="rgba(0,0,0,0)", line=dict(color=look.color, width=1.2), size=6),
+                    meta=dict(row=look.slot, below=0.3),
+                    hovertemplate=f"%{{text}}<br>{hover}<extra></extra>",
+                )
+            )
+        large = dict(
             type="scatter",
             mode="markers",
-            x=numbers([difference]),
+            x=numbers([np.nan if mark.value is None else mark.value]),
             y=[place],
             marker=dict(color=look.color, symbol=SYMBOLS[look.group], size=10),
-            hovertemplate=f"<b>{text(row.name)}</b> (n = {row.n})<br>%{{x:+.4f}} nats<extra></extra>",
+            meta=dict(row=look.slot, below=0),
+            hovertemplate=f"<b>{text(mark.name)}</b> (n = {mark.n})<br>{hover}<extra></extra>",
         )
-        if row.low is not None:
-            above, below = numbers([row.high - difference]), numbers([difference - row.low])
-            mark["error_x"] = dict(array=above, arrayminus=below, color=look.color, thickness=2, width=5)
-        single = dict(
-            type="scatter",
-            mode="markers",
-            x=numbers(runs),
-            y=[place + 0.3] * len(runs),
-            text=[text(run.folder) for run in arms[row.name]],
-            marker=dict(color="rgba(0,0,0,0)", line=dict(color=look.color, width=1.2), size=6),
-            hovertemplate="%{text}<br>%{x:+.4f} nats<extra></extra>",
-        )
-        traces += [single, mark]
-    names = dict(tickvals=list(range(len(rows))), ticktext=[text(short(row.name)) for row in rows])
-    y = axis(**names, range=[len(rows) - 0.4, -0.6], fixedrange=True) | dict(ticks="", showgrid=False, zeroline=False)
-    x = axis("difference (nats)", range=around(seen), nticks=7) | dict(zeroline=False)
-    return dict(data=traces, layout=layout(x, y, shapes=[upright(0, "var(--base)", 1.5, layer="between")]))
+        if mark.low is not None:
+            above, below = numbers([mark.high - mark.value]), numbers([mark.value - mark.low])
+            large["error_x"] = dict(array=above, arrayminus=below, color=look.color, thickness=2, width=5)
+        traces.append(large)
+    names = dict(tickvals=list(range(len(marks))), ticktext=[text(short(mark.name)) for mark in marks])
+    y = axis(**names, range=[len(marks) - 0.4, -0.6], fixedrange=True) | dict(ticks="", showgrid=False, zeroline=False)
+    x = axis(title, range=around(seen), nticks=7) | dict(zeroline=False)
+    lines = [] if zero is None else [upright(zero, "var(--base)", 1.5, layer="between")]
+    meta = dict(rows=[looks[mark.name].slot for mark in marks], head=FOREST_HEAD, row=FOREST_ROW)
+    return dict(data=traces, layout=layout(x, y, shapes=lines, meta=meta))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Loss by bin
+# 4. Tokens
+
+
+def tokens(
+    arms: dict[str, list[Run]], rows: list[Row], baseline: str, looks: dict[str, Look], target: float | None
+) -> str:
+    """What an arm's loss is worth in tokens, and where its runs pass a loss."""
+    base = next(row for row in rows if row.name == baseline)
+    level, whose = (target, "the target") if target else (base.mean, f"the mean final loss of {baseline}")
+    saved = [
+        Mark(row.name, row.n, 100 * row.saved.share, *(None if b is None else 100 * b for b in bounds(row.saved)), [])
+        for row in rows
+        if row.saved
+    ]
+    reached = {name: np.array([first_reached(*run.curve("val_nats"), level) for run in arms[name]]) for name in arms}
+    marks = [
+        Mark(row.name, row.n, float(at.mean()) if np.isfinite(at).all() else None, None, None, at)
+        for row in rows
+        for at in [reached[row.name]]
+    ]
+    short_of = [f"{name} ({np.isfinite(at).sum()} of {len(at)})" for name, at in reached.items() if np.isnan(at).any()]
+    parts = ""
+    if saved:
+        said = next(row.saved.said for row in rows if row.saved)
+        parts += plot(
+            forest(arms, saved, looks, "tokens saved (%)", "%{x:+.1f} % of the tokens", 0.0),
+            "Tokens saved",
+            "Share of the baseline's tokens that an arm's loss makes unnecessary: its difference over the baseline's "
+            f"loss per ln(tokens), from {text(said)}, with the {CONFIDENCE:.0%} interval of both errors (delta method; "
+            "none where the slope is uncertain or an arm has one order seed). Right of the line is better.",
+            height=FOREST_HEAD + FOREST_ROW * len(saved),
+        )
+    else:
+        parts += missing(
+            [f"tokens saved: no slope of {baseline}, which takes two validations or a run of other length"]
+        )
+    return parts + plot(
+        forest(arms, marks, looks, "training tokens", "%{x:,.0f} tokens", None),
+        f"Tokens to {level:.4f} nats",
+        f"Where runs first pass {level:.4f} nats, {text(whose)}, read off between validations. Small circles: single "
+        "runs; large mark: their mean, where all of them get there. Passing a loss on the way is not the same as a "
+        "shorter run that ends there: its learning rate would have come down by then."
+        + (f" Not all runs get there: {text(', '.join(short_of))}." if short_of else ""),
+        height=FOREST_HEAD + FOREST_ROW * len(marks),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Loss by bin
 
 
 def losses_by_bin(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Look]) -> str:
@@ -567,13 +702,41 @@ def losses_by_bin(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Lo
     }
     other = [name for name in arms if name not in shown]
     left_out = f" Left out, with other bins or none: {text(', '.join(other))}." if other else ""
-    return plot(
-        bin_figure(shown, baseline, measure, looks),
-        f"Final validation loss by bin, less that of {baseline}",
-        f"Validation segments in the {count} bins of <i>{text(measure)}</i>, lowest on the left; mean over runs, in "
-        f"nats a token. Grey band: {text(baseline)}, {spread_said({baseline: arms[baseline]})}. Hover for the losses "
-        f"themselves; a gap is a bin without validation segments.{left_out}",
-    ) + bin_table(shown, looks)
+    return (
+        plot(
+            bin_figure(shown, baseline, measure, looks),
+            f"Final validation loss by bin, less that of {baseline}",
+            f"Validation segments in the {count} bins of <i>{text(measure)}</i>, lowest on the left; mean over runs, "
+            f"in nats a token. Grey band: {text(baseline)}, {spread_said({baseline: arms[baseline]})}. Hover for the "
+            f"losses themselves; a gap is a bin without validation segments.{left_out}",
+        )
+        + bin_table(shown, looks)
+        + bins_over_training({name: arms[name] for name in shown}, baseline, count, looks)
+    )
+
+
+def bins_over_training(arms: dict[str, list[Run]], baseline: str, count: int, looks: dict[str, Look]) -> str:
+    """The lowest, the middle and the highest bin at every validation, less the baseline's."""
+    parts = ""
+    for b, word in sorted({0: "lowest", count // 2: "middle", count - 1: "highest"}.items()):
+        curves = {name: average([bin_curve(run, b) for run in runs]) for name, runs in arms.items()}
+        base = curves[baseline]
+        if not np.isfinite(base.mean_P).all():
+            continue  # a bin without validation segments
+        end = max(curve.x_P[-1] for curve in curves.values())
+        over = {name: curve.minus(base.x_P, base.mean_P) for name, curve in curves.items()}
+        figure = curve_figure(arms, over, looks, end, f"difference to {text(short(baseline))} (nats)", "+.4f")
+        parts += plot(figure, f"Bin {b}, the {word}", "", 280, 4)
+    return (
+        "<h3>Validation loss by bin over training</h3><p class='note'>Less the mean line of "
+        f"{text(baseline)} on the same bin. A bin that an arm has just trained on looks good and is soon forgotten: "
+        f'what counts is the right end.</p><div class="multiples">{parts}</div>'
+    )
+
+
+def bin_curve(run: Run, b: int) -> tuple[np.ndarray, np.ndarray]:
+    found = [(row["tokens"], row["bin_nats"][b]) for row in run.rows if "bin_nats" in row]
+    return np.array([t for t, _ in found]), np.array([nats for _, nats in found], dtype=float)
 
 
 def final_bins(runs: list[Run]) -> np.ndarray | None:
@@ -638,7 +801,7 @@ def bin_table(binned: dict[str, np.ndarray], looks: dict[str, Look]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Orders
+# 6. Orders
 
 
 def find_orders(arms: dict[str, list[Run]]) -> tuple[dict[str, Order], list[str]]:
@@ -760,7 +923,7 @@ def rank_figure(orders: dict[str, Order], looks: dict[str, Look]) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Measures
+# 7. Measures
 
 
 def scores_of_order(manifest: dict, read: Callable[[str], Scores]) -> Scores:
@@ -784,7 +947,7 @@ def measure_histograms(orders: dict[str, Order], gone: list[str], read: Callable
 
 def one_table(abouts: list[dict], read: Callable[[str], Scores]) -> str:
     scores = scores_of_order(abouts[0], read)
-    edges = {about["measure"]: about["edges"] for about in reversed(abouts)}
+    edges = {measures_of(about["measure"])[0]: about["edges"] for about in reversed(abouts)}
     columns = {name: evaluate(name, scores.columns) for name in edges} | scores.columns
     small = "".join(
         histogram(name, values, scores.segments.length_N, edges.get(name, [])) for name, values in columns.items()
@@ -840,7 +1003,7 @@ def quantiles(values: np.ndarray, weights: np.ndarray, at: Iterable[float]) -> l
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. What the bins hold
+# 8. What the bins hold
 
 
 def bin_examples(arms: dict[str, list[Run]], orders: dict[str, Order], gone: list[str], read) -> str:
@@ -859,13 +1022,10 @@ def one_sorting(arms: dict[str, list[Run]], orders: dict[str, Order], names: lis
     order = orders[names[0]]
     about, run = order.manifest, arms[names[0]][0]
     measure, bins = about["measure"], about["bins"]
+    first = measures_of(measure)[0]
     scores = scores_of_order(about, read)
     read_text = reader(run.about["config"]["data"]["shards"], scores)
-    ids_M = np.sort(order.ids_N)
-    value_M = evaluate(measure, scores.columns)[ids_M]
-    # As the order cut them: edges alone could not tell equal values on both sides of one.
-    rank_M = token_ranks(np.argsort(value_M, kind="stable"), scores.segments.length_N[ids_M])
-    bin_M = equal_bins(rank_M, bins)
+    ids_M, value_M, bin_M = sorted_pool(order, scores)
     wanted = {0: "lowest", bins // 2: "middle", bins - 1: "highest"}
     parts = []
     for b, word in sorted(wanted.items()):
@@ -873,13 +1033,13 @@ def one_sorting(arms: dict[str, list[Run]], orders: dict[str, Order], names: lis
         value = value_M[inside]
         nearest = inside[np.argsort(np.abs(value - np.median(value)), kind="stable")[:EXAMPLES]]
         cards = "".join(
-            f"<div><p>{text(measure)} {number(value_M[i], '.4g')} · "
+            f"<div><p>{text(first)} {number(value_M[i], '.4g')} · "
             f"{several(int(scores.segments.length_N[ids_M[i]]), 'token')} · segment {ids_M[i]}</p>"
             f"<pre>\n{text(read_text(int(ids_M[i])))}</pre></div>"
             for i in nearest
         )
         parts.append(
-            f"<h4>Bin {b}, the {word} of {bins}: {text(measure)} {number(value.min(), '.4g')} to "
+            f"<h4>Bin {b}, the {word} of {bins}: {text(first)} {number(value.min(), '.4g')} to "
             f'{number(value.max(), ".4g")}, {several(len(inside), "segment")}</h4><div class="examples">{cards}</div>'
         )
     return (
@@ -916,14 +1076,15 @@ def reader(shards: str, scores: Scores) -> Callable[[int], str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Run details
+# 9. Run details
 
 
 def run_details(arms: dict[str, list[Run]], looks: dict[str, Look]) -> str:
     head = ["arm", "seed", "final loss", "steps", "tokens", "train s", "tokens/s", "order seed", "order", "folder"]
     body = [[marked(name, looks), *run_cells(run)] for name, runs in arms.items() for run in runs]
+    slots = [looks[name].slot for name, runs in arms.items() for _ in runs]
     return (
-        f"{table(head, body, 'Runs', words=2)}<p class='note'>Training time stands still during "
+        f"{table(head, body, 'Runs', [8, 9], slots)}<p class='note'>Training time stands still during "
         "validation. <i>order</i>: first digits of the order's SHA-256.</p>\n<h3>What differs between arms</h3>"
         + setting_differences({name: [settings(run) for run in runs] for name, runs in arms.items()}, looks)
     )
@@ -975,7 +1136,13 @@ def setting_differences(of_arm: dict[str, list[dict[str, str]]], looks: dict[str
         for name, found in values.items()
     ]
     return (
-        table(["arm", *map(text, differing)], body, "Settings that differ", words=len(differing))
+        table(
+            ["arm", *map(text, differing)],
+            body,
+            "Settings that differ",
+            range(1, 1 + len(differing)),
+            [looks[n].slot for n in values],
+        )
         + f"<p class='note'>The other {len(keys) - len(differing)} settings, code and hardware included, are the same "
         "in all runs. Left out are names, seeds, places of files and validation intervals.</p>"
     )
@@ -1001,6 +1168,7 @@ PAGE = """<!doctype html>
 <h1>$title</h1>
 <p class="note">$scope</p>
 <nav aria-label="Contents"><ol>$contents</ol></nav>
+$filter
 </header>
 <noscript><p class="missing">Plots need JavaScript; the tables and texts do not.</p></noscript>
 $result
@@ -1046,6 +1214,11 @@ p, ul, figcaption { max-width: 46rem; }
 nav ol { display: flex; flex-wrap: wrap; gap: 0.2rem 1.25rem; margin: 0; padding: 0; list-style: none;
   font-size: 0.9rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+.filter { margin: 1rem 0 0; font-size: 0.9rem; }
+.filter input { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line);
+  border-radius: 4px; padding: 0.25rem 0.5rem; width: 16rem; max-width: 100%; }
+.filter output { color: var(--soft); margin-left: 0.5rem; }
+[hidden] { display: none !important; }
 .verdict { font-size: 1.15rem; line-height: 1.45; margin: 0.5rem 0 1.25rem; overflow-wrap: anywhere; }
 .note, figcaption, .notes { color: var(--soft); font-size: 0.875rem; }
 .note, .notes li { overflow-wrap: anywhere; }
@@ -1056,8 +1229,12 @@ th, td { padding: 0.35rem 0.9rem 0.35rem 0; text-align: left; white-space: nowra
   border-bottom: 1px solid var(--grid); font-weight: 400; }
 thead th { color: var(--soft); border-bottom-color: var(--line); }
 .number { text-align: right; }
+thead button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer;
+  text-align: inherit; }
+[aria-sort=ascending] button::after { content: " ▲"; }
+[aria-sort=descending] button::after { content: " ▼"; }
 tr > :first-child { position: sticky; left: 0; background: var(--page); }
-th[scope=row] { max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
+th[scope=row] { min-width: 15rem; max-width: 22rem; white-space: normal; overflow-wrap: anywhere; }
 th:has(.swatch) { padding-left: 1.95rem; text-indent: -1.95rem; }
 small { color: var(--soft); margin-left: 0.35rem; }
 code, pre { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 0.8rem; }
@@ -1092,6 +1269,7 @@ summary { cursor: pointer; color: var(--link); font-size: 0.9rem; }
   main { padding: 1rem 1rem 3rem; }
   h1 { font-size: 1.4rem; }
   .chips { flex-wrap: nowrap; }
+  .filter input { width: 100%; }
   th[scope=row] { min-width: 8.75rem; max-width: 10rem; font-size: 0.8rem; line-height: 1.3; }
 }
 @media print { .key { position: static; } .canvas { break-inside: avoid; } }
@@ -1101,18 +1279,41 @@ SCRIPT = r"""
 "use strict";
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const touch = matchMedia("(pointer: coarse)").matches;
-const boxes = new Map([...document.querySelectorAll(".key input")].map(box => [Number(box.value), box]));
-const plots = [...document.querySelectorAll("figure.plot > .canvas")].map(canvas => ({
-  canvas, figure: JSON.parse(canvas.parentElement.querySelector("script").textContent),
-}));
+const key = document.querySelector(".key");
+const filter = document.querySelector(".filter");
+const boxes = new Map([...key.querySelectorAll("input")].map(box => [Number(box.value), box]));
+const names = new Map([...boxes].map(([arm, box]) => [arm, box.parentElement.textContent.toLowerCase()]));
+const plots = new Map([...document.querySelectorAll("figure.plot > .canvas")].map(canvas => [canvas, {canvas}]));
+let words = [];  // of the filter
+let order = [...boxes.keys()];  // of the rows of forests: that of the leaderboard
+
+const matches = arm => arm === 0 || words.every(word => names.get(arm).includes(word));
 
 // The range of the values of the visible traces from x = start on, with some room.
 function fitted(data, start) {
-  const shown = data.filter(trace => trace.visible)
-    .flatMap(trace => trace.y.filter((y, i) => y !== null && trace.x[i] >= start));
-  const low = Math.min(...shown), high = Math.max(...shown);
+  let low = Infinity, high = -Infinity;
+  for (const trace of data) if (trace.visible) trace.y.forEach((y, i) => {
+    if (y !== null && trace.x[i] >= start) { low = Math.min(low, y); high = Math.max(high, y); }
+  });
   const room = 0.06 * (high - low) || 0.01 * Math.abs(high) || 1;
-  return shown.length ? [low - room, high + room] : null;
+  return low <= high ? [low - room, high + room] : null;
+}
+
+// Forests: a row for every arm that the filter leaves, in the leaderboard's order.
+function arrange(canvas, {data, layout}) {
+  const {rows, head, row} = layout.meta;
+  const labels = new Map(rows.map((arm, i) => [arm, layout.yaxis.ticktext[i]]));
+  const kept = order.filter(arm => labels.has(arm) && matches(arm));
+  const place = new Map(kept.map((arm, i) => [arm, i]));
+  for (const trace of data) {
+    trace.visible = place.has(trace.meta.row);
+    if (trace.visible) trace.y = trace.y.map(() => place.get(trace.meta.row) + trace.meta.below);
+  }
+  layout.yaxis.tickvals = kept.map((_, i) => i);
+  layout.yaxis.ticktext = kept.map(arm => labels.get(arm));
+  layout.yaxis.range = [kept.length - 0.4, -0.6];
+  canvas.style.height = `${head + row * kept.length}px`;
+  layout.height = head + row * kept.length;
 }
 
 // A copy of a figure with "var(--name)" replaced by what the style sheet says now.
@@ -1124,25 +1325,73 @@ function themed(value, style) {
   return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item, style)]));
 }
 
-function draw({canvas, figure}) {
-  const {data, layout} = themed(figure, getComputedStyle(document.documentElement));
-  for (const trace of data) if (trace.meta) trace.visible = boxes.get(trace.meta.arm).checked;
-  if (layout.meta) layout.yaxis.range = fitted(data, layout.meta.fit_from);
+function draw(plot) {
+  plot.figure ??= JSON.parse(plot.canvas.parentElement.querySelector("script").textContent);
+  const {data, layout} = themed(plot.figure, getComputedStyle(document.documentElement));
+  for (const {meta} of data) if (meta && "arm" in meta) plot.lines = true;
+  if (plot.lines) {
+    for (const trace of data) trace.visible = boxes.get(trace.meta.arm).checked && matches(trace.meta.arm);
+    if (layout.meta) layout.yaxis.range = fitted(data, layout.meta.fit_from);
+  }
+  if (layout.meta && layout.meta.rows) { plot.rows = true; arrange(plot.canvas, {data, layout}); }
   if (touch) {  // a finger scrolls the page, it does not zoom
     layout.dragmode = false;
     layout.xaxis.fixedrange = layout.yaxis.fixedrange = true;
   }
-  return Plotly.react(canvas, data, layout, {responsive: true, displayModeBar: false});
+  return Plotly.react(plot.canvas, data, layout, {responsive: true, displayModeBar: false});
 }
 
-const drawAll = () => plots.forEach(draw);
-const drawArms = () => plots.filter(({figure}) => figure.data.some(trace => trace.meta)).forEach(draw);
-dark.addEventListener("change", drawAll);
-document.querySelector(".key").addEventListener("change", drawArms);
-document.querySelector(".key").addEventListener("click", event => {
+// Figures are drawn when they come near the window, and again when something changes.
+const drawn = new Set();
+function first(canvas) {
+  if (drawn.has(canvas)) return;
+  drawn.add(canvas);
+  draw(plots.get(canvas));
+}
+const near = new IntersectionObserver(entries => {
+  for (const entry of entries) if (entry.isIntersecting) first(entry.target);
+}, {rootMargin: "800px"});
+for (const canvas of plots.keys()) near.observe(canvas);
+addEventListener("beforeprint", () => [...plots.keys()].forEach(first));
+
+const redraw = test => [...drawn].map(canvas => plots.get(canvas)).filter(test).forEach(draw);
+dark.addEventListener("change", () => redraw(() => true));
+key.addEventListener("change", () => redraw(plot => plot.lines));
+key.addEventListener("click", event => {
   if (!event.target.dataset.show) return;
-  for (const [arm, box] of boxes) box.checked = arm === 0 || event.target.dataset.show === "all";
-  drawArms();
+  for (const [arm, box] of boxes) box.checked = arm === 0 || event.target.dataset.show === "all" && matches(arm);
+  redraw(plot => plot.lines);
 });
-drawAll();
+
+filter?.addEventListener("submit", event => event.preventDefault());
+filter?.addEventListener("input", event => {
+  words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const part of document.querySelectorAll("[data-arm]")) part.hidden = !matches(Number(part.dataset.arm));
+  const left = order.filter(matches).length;
+  filter.querySelector("output").textContent = `${words.length ? `${left} of ` : ""}${order.length} arms`;
+  // Of what is looked for, all is shown.
+  if (words.length) for (const [arm, box] of boxes) box.checked ||= left <= 24 && matches(arm);
+  redraw(plot => plot.lines || plot.rows);
+});
+
+// A click on a column's head sorts by it: numbers as numbers, what is no number last.
+const value = (cell, number) => number
+  ? parseFloat(cell.textContent.replaceAll("−", "-").replaceAll(",", "")) : cell.textContent.trim().toLowerCase();
+for (const head of document.querySelectorAll("thead")) head.addEventListener("click", event => {
+  const cell = event.target.closest("button")?.parentElement;
+  if (!cell) return;
+  const up = cell.ariaSort !== "ascending", number = cell.classList.contains("number");
+  for (const other of cell.parentElement.children) other.ariaSort = null;
+  cell.ariaSort = up ? "ascending" : "descending";
+  const body = head.parentElement.tBodies[0];
+  const keyed = [...body.rows].map(row => [value(row.cells[cell.cellIndex], number), row]);
+  keyed.sort(([a], [b]) => {
+    if (a !== a || b !== b) return (a !== a) - (b !== b);
+    return (up ? 1 : -1) * (number ? a - b : a.localeCompare(b));
+  });
+  body.append(...keyed.map(([, row]) => row));
+  if (!body.closest("#result")) return;
+  order = [...body.rows].map(row => Number(row.dataset.arm));
+  redraw(plot => plot.rows);
+});
 """

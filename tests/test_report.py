@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from curriculum import order, score
-from curriculum.compare import Row, compare
+from curriculum.compare import SELECTION, Against, Arm, Row, compare
 from curriculum.config import Config, Data, Optim
-from curriculum.records import find_runs, usable_arms
-from curriculum.report import assign_looks, average, density, quantiles, render, smooth, verdict
+from curriculum.records import Arms, as_compared, find_runs, usable_arms
+from curriculum.report import arm_key, assign_looks, average, density, quantiles, render, smooth, verdict
 from data.shards import open_corpus, read_shard
 
 BINS = 4
 STEPS = 40
-SECTIONS = ["result", "curves", "differences", "bins", "orders", "measures", "examples", "runs"]
+SECTIONS = ["result", "curves", "differences", "tokens", "bins", "orders", "measures", "examples", "runs"]
 ODD = "<img src=http://evil.example/x.png>&'\"</script>"  # no run can be called so; a metrics file can
 
 
@@ -64,9 +64,9 @@ def made(tmp_path_factory, tiny_corpus):
 def page_of(root, problems=(), baseline="random") -> str:
     from plotly.offline import get_plotlyjs
 
-    arms, notes = usable_arms(find_runs([root / "runs"]), baseline)
-    losses = {name: np.array([run.final_val_nats for run in runs]) for name, runs in arms.items()}
-    page = render(arms, compare(losses, baseline), [*problems, *notes], baseline)
+    arms = usable_arms(find_runs([root / "runs"]), baseline)
+    arms.problems.extend(problems)
+    page = render(arms, compare(as_compared(arms), baseline))
     assert page.count(get_plotlyjs()) == 1
     return page.replace(get_plotlyjs(), "")
 
@@ -142,7 +142,8 @@ def test_plotly_accepts_every_figure(page):
     import plotly.graph_objects as go
 
     figures = Reader(page).figures
-    assert len(figures) == 3 + 1 + 1 + 3 + 1 + 4  # curves, forest, bins, orders, ranks, measures
+    # Curves, forest, tokens, bins, two of the three bins over training (the first is empty), orders, ranks, measures.
+    assert len(figures) == 3 + 1 + 2 + 1 + 2 + 3 + 1 + 4
     for figure in figures:
         go.Figure(figure)  # raises ValueError on an unknown property
 
@@ -153,6 +154,39 @@ def test_bins_are_shown_as_differences_and_an_empty_bin_as_a_gap(page):
     assert lines[0]["y"] == [None, 0, 0, 0]
     np.testing.assert_allclose(lines[1]["y"][1:], 2.905 - 3.01, rtol=1e-3)
     assert lines[1]["customdata"][1:] == pytest.approx([2.905 + 4 * np.exp(-4) + b / 10 for b in (1, 2, 3)])
+
+
+def test_what_belongs_to_an_arm_carries_its_number(page):
+    """Rows of the leaderboard and of the runs, checkboxes and order maps: the filter hides them by it."""
+    tags = Reader(page).tags
+    boxes = [attrs["value"] for tag, attrs in tags if tag == "input" and attrs.get("type") == "checkbox"]
+    assert sorted(boxes) == ["0", "1", "2"]
+    numbered = {
+        kind: [a["data-arm"] for tag, a in tags if tag == kind and "data-arm" in a] for kind in ("tr", "figure")
+    }
+    assert sorted(numbered["figure"]) == ["0", "1", "2"]
+    assert sorted(numbered["tr"]) == sorted([*"012", *"000112", *"012"])  # leaderboard, six runs, settings
+    forests = [figure for figure in Reader(page).figures if "rows" in figure["layout"].get("meta", {})]
+    for figure in forests:
+        assert {trace["meta"]["row"] for trace in figure["data"]} <= set(figure["layout"]["meta"]["rows"]) <= {0, 1, 2}
+    assert len(forests) == 3
+
+
+def test_with_many_arms_the_plots_begin_with_the_best():
+    names = ["base", *(f"arm{i}" for i in range(40))]
+    few, many = (Reader(arm_key(some, assign_looks(some, "base"))).tags for some in (names[:5], names))
+    for tags, checked in ((few, 5), (many, 9)):
+        boxes = [attrs for tag, attrs in tags if tag == "input"]
+        assert [("checked" in attrs) for attrs in boxes] == [i < checked for i in range(len(boxes))]
+
+
+def test_tokens_to_the_baselines_loss_are_read_off_each_run(page):
+    """Every run falls by the same curve, so only those whose level is below the baseline's mean get there."""
+    forests = [f for f in Reader(page).figures if "rows" in f["layout"].get("meta", {})]
+    figure = next(f for f in forests if f["layout"]["xaxis"]["title"]["text"] == "training tokens")
+    reached = {t["meta"]["row"]: t["x"] for t in figure["data"] if t["meta"]["below"]}
+    assert [x is not None for x in reached[0]] == [True, True, False] and None not in reached[1]
+    assert reached[2] == [None]
 
 
 def test_examples_are_the_text_of_the_segments_named(page, made):
@@ -217,9 +251,8 @@ def test_an_order_made_again_is_not_taken_for_the_one_trained_on(made, tmp_path)
     runs = find_runs([made / "runs"])
     for run in runs:
         run.about["config"]["data"]["order"] = run.about["config"]["data"]["order"].replace(str(made), str(tmp_path))
-    arms, _ = usable_arms(runs, "random")
-    losses = {name: np.array([run.final_val_nats for run in runs]) for name, runs in arms.items()}
-    assert "it is not the order of" in render(arms, compare(losses, "random"), [], "random")
+    arms = usable_arms(runs, "random")
+    assert "it is not the order of" in render(arms, compare(as_compared(arms), "random"))
 
 
 def test_a_single_arm_and_runs_in_stock_order_make_a_report(made):
@@ -227,14 +260,20 @@ def test_a_single_arm_and_runs_in_stock_order_make_a_report(made):
     run.about["config"]["data"]["order"] = ""
     for row in run.rows:
         row.pop("bin_nats", None)
-    page = render({"random": [run]}, compare({"random": np.array([3.0])}, "random"), [], "random")
+    page = render(Arms("random", {"random": [run]}, []), compare({"random": Arm([[3.0]], "random")}, "random"))
     assert "trained in stock order" in page and "logged no loss by bin" in page
     assert "Nothing is compared: random (n&nbsp;=&nbsp;1) is the only arm." in page
 
 
-def row(name, n=3, difference=None, half=0.01, p=None):
+def row(name, n=3, difference=None, half=0.01, p=None, **more):
+    """A row of an arm, or of the baseline where there is no difference; it beats the baseline below 5 %."""
+    mean = 3.0 + (difference or 0.0)
+    if difference is None:
+        return Row(name, n, n, mean, np.array([mean]), is_baseline=True, **more)
     low, high = (None, None) if p is None else (difference - half, difference + half)
-    return Row(name, n, 3.0 + (difference or 0.0), 0.01, difference, low, high, p, p)
+    tests = dict(baseline=Against("base", difference, low, high, p, p))
+    beaten = ("baseline",) if p is not None and p < 0.05 else ()
+    return Row(name, n, n, mean, np.array([mean]), tests=tests, beaten=beaten, **more)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +283,17 @@ def row(name, n=3, difference=None, half=0.01, p=None):
             [row("a", 4, -0.02, p=0.01), row("b", 2, 0.1, p=1.0)],
             "1 of 2 tested arms beat base (n = 3) at Holm p < 0.05",
         ),
-        ([row("a", 4, -0.02, p=0.01)], "a by 0.0200 nats (n = 4, p = 0.01)."),
+        ([row("a", 4, -0.02, p=0.01)], "a by 0.0200 nats (n = 4, p = 0.01); no win, which takes beating a placebo"),
+        ([row("a", 4, -0.02, p=0.01, win=True)], "; a win, against placebo and length as well: a."),
+        (
+            [row("a", 4, -0.02, p=0.01), row("b", 4, -0.2, p=0.01, track=SELECTION)],
+            "The one tested arm beats base (n = 3)",
+        ),
+        ([row("b", 4, -0.2, p=0.01, track=SELECTION)], "is the only arm that was trained on these tokens."),
+        (
+            [row("a", 2, -0.02, 0.5, 0.4), row("b", 4, -0.2, track=SELECTION)],
+            "; 1 arm of other tokens (selection) stands",
+        ),
         ([row("a", 4, -0.02, p=0.01), row("b", 2, 0.1, p=1.0)], "; worse by the whole interval: b."),
         ([row("a", 2, -0.02, 0.5, 0.4)], "The one tested arm is not shown to beat base (n = 2 against 3)"),
         ([row("a", 2, -0.02, 0.5, 0.4)], "the smallest Holm p is 0.4, and intervals reach up to ± 0.5 nats."),
