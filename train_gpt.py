@@ -6,11 +6,11 @@ training. It reads an order of segments; it knows nothing of entropy.
     python train_gpt.py --ablate configs/small_speed.toml --run.num_seeds 3       # the preset without each technique
 
 The techniques are those of the nanoGPT speedrun (github.com/KellerJordan/modded-nanogpt) that need no kernels of one's
-own. Each is a few lines at one place, with the record it came from (#n) and what it brought there, in steps or tokens
-to the same loss. All are settings; configs/ holds the presets, curriculum/config.py says what each setting does.
+own. Each is a few lines at one place, with the record it came from (#n) and what it brought there. All are settings:
+configs/ holds the presets, curriculum/config.py says what each does.
 
 A run folder holds config.json, metrics.jsonl (the only source of truth: one JSON object a line), last.pt (resume
-point) and step<k>.pt (kept checkpoints). The same command continues an unfinished run, exactly, at any world size.
+point) and step<k>.pt (kept). The same command continues an unfinished run, exactly, with any number of processes.
 
 Shapes: T tokens of one flat row   D model_dim   H heads   E head_dim   V vocabulary   L longest document
         M matrices of R rows and C columns   K tokens ahead   N rows of a block
@@ -25,7 +25,6 @@ if __name__ == "__main__":  # before torch is imported: --help and a typo answer
 
     CONFIG = guarded(lambda: parse_args([a for a in sys.argv[1:] if a != "--ablate"]))
 
-import ctypes
 import math
 import time
 from collections.abc import Iterator
@@ -155,6 +154,12 @@ def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
+
+
+@cache
+def compiled(function):
+    """For CUDA; on a CPU it gains 1.1 to 1.5 times and costs 10 s at every start."""
+    return torch.compile(function, dynamic=False)
 
 
 def norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
@@ -330,7 +335,7 @@ class HeadLoss(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD) if wants_grad else None
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_grad else None
         grad_bias_V = torch.zeros_like(bias_V) if wants_grad and bias_V is not None else None
-        block_loss = compiled_block_loss() if hidden_TD.is_cuda else block_loss_eager
+        block_loss = compiled(block_loss_eager) if hidden_TD.is_cuda else block_loss_eager
         for at in range(0, len(hidden_TD), block_rows):
             rows = slice(at, at + block_rows)
             logits_NV = linear(hidden_TD[rows], head_VD, bias_V)
@@ -361,7 +366,7 @@ def block_loss_eager(
     z_NV = softcapped(logits_NV.float(), cap)
     lse_N = z_NV.logsumexp(1)
     index_NK = target_KN.T.clamp(min=0)
-    nll_N = lse_N - z_NV.gather(1, index_NK[:, :1])[:, 0]
+    nll_N = (lse_N - z_NV.gather(1, index_NK[:, :1])[:, 0]) * (target_KN[0] >= 0)
     if not wants_grad:
         return nll_N, None
     weight_NK = weight_K * (target_KN.T >= 0)
@@ -375,11 +380,6 @@ def block_loss_eager(
     return nll_N, grad_NV.type_as(logits_NV)
 
 
-@cache
-def compiled_block_loss():
-    return torch.compile(block_loss_eager, dynamic=False)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizers: Muon for the hidden matrices (#3: 31.4 -> 24.9 min), AdamW for everything else, both shared out (#6)
 
@@ -388,19 +388,17 @@ def compiled_block_loss():
 # it, over its Frobenius norm. Jordan et al. (2024) drive singular values to 0.7 .. 1.2 in 5 iterations; the simple one
 # converges to 1 in 12 (track 3 of the speedrun); Polar Express (Amsel et al. 2025, #38: -0.4 s) is optimal at every
 # iteration, for singular values from 0.001 on, with a margin for bf16.
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
 POLYNOMIALS = {
     "jordan": (1.0, [(3.4445, -4.7750, 2.0315)]),
     "simple": (1.0, [(2.0, -1.5, 0.5)]),
-    "polar_express": (
-        1.02,
-        [
-            (8.156554524902461, -22.48329292557795, 15.878769915207462),
-            (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-            (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-            (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-            (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-        ],
-    ),
+    "polar_express": (1.02, POLAR_EXPRESS),
 }
 
 
@@ -429,26 +427,20 @@ def evened(update_MRC: Tensor, second: Tensor, beta: float) -> Tensor:
     return scaled * (norms[0] / norms[1].clamp_min(1e-10))
 
 
-def muon_update(weight_MRC, gradient_MRC, momentum_MRC, second, lr, momentum, cfg: Optim) -> None:
+def muon_update(weight_MRC, gradient_MRC, momentum_MRC, second, lr, momentum, *settings) -> None:
     """One step in place, of matrices of one shape. Compiled on CUDA: lr and momentum are tensors there, so that a new
     value compiles nothing. `second` is None without NorMuon."""
+    iterations, polynomials, beta, decay, cautious = settings
     momentum_MRC.mul_(momentum).add_(gradient_MRC * (1 - momentum))
-    update_MRC = orthogonalise(
-        gradient_MRC * (1 - momentum) + momentum_MRC * momentum, cfg.muon_iterations, cfg.muon_coefficients
-    )
+    update_MRC = orthogonalise(gradient_MRC * (1 - momentum) + momentum_MRC * momentum, iterations, polynomials)
     if second is not None:
-        update_MRC = evened(update_MRC, second, cfg.normuon_beta)
-    shrink = lr * cfg.muon_weight_decay
-    if cfg.cautious:  # cautious weight decay (#43: -1.8 % steps): not against the update
+        update_MRC = evened(update_MRC, second, beta)
+    shrink = lr * decay
+    if cautious:  # cautious weight decay (#43: -1.8 % steps): not against the update
         shrink = shrink * (update_MRC * weight_MRC >= 0)
     # Wider outputs move further: keeps the RMS change of a layer's output alike across shapes.
     scale = max(1, weight_MRC.shape[-2] / weight_MRC.shape[-1]) ** 0.5
     weight_MRC.mul_(1 - shrink).sub_(update_MRC * (lr * scale))
-
-
-@cache
-def compiled_muon_update():
-    return torch.compile(muon_update, dynamic=False)
 
 
 class Muon:
@@ -472,9 +464,10 @@ class Muon:
         cfg, lr = self.cfg, self.cfg.muon_lr * scale
         update = muon_update
         if self.device.type == "cuda":
-            update, lr, momentum = compiled_muon_update(), torch.tensor(lr), torch.tensor(momentum)
+            update, lr, momentum = compiled(muon_update), torch.tensor(lr), torch.tensor(momentum)
+        settings = (cfg.muon_iterations, cfg.muon_coefficients, cfg.normuon_beta, cfg.muon_weight_decay, cfg.cautious)
         for bundle, state, gradient in zip(self.bundles, self.state, gradients, strict=True):
-            update(bundle.own, gradient, state["momentum"], state.get("second"), lr, momentum, cfg)
+            update(bundle.own, gradient, state["momentum"], state.get("second"), lr, momentum, *settings)
 
 
 class Adam:
@@ -601,13 +594,11 @@ class Optimizers:
         def held():
             return {name: p.detach().to("cpu", copy=True) for p, name in self.names.items()}
 
+        if not self.num_averaged:
+            return dict(model=held())
         with self.averaged():
-            model = held()
-        return (
-            dict(model=model, trained=held(), num_averaged=self.num_averaged)
-            if self.num_averaged
-            else dict(model=model)
-        )
+            average = held()
+        return dict(model=average, trained=held(), num_averaged=self.num_averaged)
 
     def load_weights(self, saved: dict) -> None:
         self.model.load_state_dict(saved["model"])
@@ -655,8 +646,7 @@ def evaluate(
     Rows hold whole segments, as in scoring. Bins without a token are null.
     """
     length_N = stream.segments.length_N[stream.ids]
-    bounds = packed_rows(length_N, cfg.data.micro_batch_tokens)
-    end_N = stream.end
+    bounds, end_N = packed_rows(length_N, cfg.data.micro_batch_tokens), stream.end
     num_bins = int(bin_N.max()) + 1 if bin_N is not None else 1
     sums = torch.zeros(2, num_bins, dtype=torch.float64)
     for row in range(world.rank, len(bounds) - 1, world.size):
@@ -681,14 +671,12 @@ def validate(trainer: "Trainer", work: Work, last: bool) -> dict:
     """Validation, with averaged weights if there are any; at the end under both public protocols: rows of 1,024 tokens
     without a mask, as in track 3 of the speedrun, and documents with a mask, as in its main track."""
     cfg, world = trainer.cfg, trainer.world
+    mine, other = ("rows", "documents") if work.unit == "window" else ("documents", "rows")
     with trainer.optimizers.averaged():
         record = evaluate(trainer.model, work.val, work.val_tokens, cfg, world, work.bin_N, trainer.fixed)
         if last:
-            names = ("rows_nats", "documents_nats")
-            mine, other = names if work.unit == "window" else names[::-1]
-            record[mine] = record["val_nats"]
             found = evaluate(trainer.model, work.other_val, work.val_tokens, cfg, world, fixed=trainer.fixed)
-            record[other] = found["val_nats"]
+            record |= {f"{mine}_nats": record["val_nats"], f"{other}_nats": found["val_nats"]}
     return record
 
 
@@ -761,6 +749,33 @@ def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
     return trainer
 
 
+def train_step(cfg: Config, work: Work, trainer: Trainer, batch: Batch) -> Tensor:
+    """Forward, backward, update. Returns this process's part of the mean loss (nats)."""
+    model, optimizers, world = trainer.model, trainer.optimizers, trainer.world
+    at = [int(work.plan.begin_S[step]) / work.tokens for step in (max(0, batch.step - 1), batch.step)]
+    progress, tied = at[1], at[1] < cfg.model.tie_frac
+    if at[0] < cfg.model.tie_frac <= at[1]:
+        optimizers.untie()
+    ahead = [w * (1 - 1.5 * progress) for w in cfg.model.mtp_weights if progress < 2 / 3]
+    loss, gradients = torch.zeros((), device=world.device), PairwiseSum()
+    for part in batch.parts:
+        part_loss = model(*part, stage(cfg.model.window_schedule, progress), ahead).sum() / batch.num_tokens
+        part_loss.backward()
+        if tied:
+            model.head.grad += model.embed.grad
+            model.embed.grad.zero_()
+        gradients.take([p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        loss += part_loss.detach()
+    # In a short last batch a process may be without a micro-batch: it takes part with zeros.
+    summed = gradients.total() or [torch.zeros_like(p) for p in model.parameters()]
+    # Batch-size schedule (#46: -65 steps): the learning rate goes with the square root of the batch.
+    optimizers.step(summed, batch.step, progress, stage(cfg.data.batch_schedule, progress))
+    if tied:
+        model.embed.data.copy_(model.head.data)
+    return loss
+
+
 def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started: float) -> bool:
     """One run, from its beginning or its resume point to its end. False if time was up before."""
     model, optimizers, world = trainer.model, trainer.optimizers, trainer.world
@@ -773,15 +788,12 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
         optimizers.load_state_dict(saved["optimizer"])
         step, time_s, log_size, target = saved["step"], saved["time_s"], saved["log_size"], saved.get("target")
         say(f"{folder}: continuing at step {step} of {work.steps}")
-    log = runs.Log(
-        folder / "metrics.jsonl", log_size, world.leads, runs.open_mirrors(cfg, work, folder) if world.leads else []
-    )
+    mirrors = runs.open_mirrors(cfg, work, folder) if world.leads else []
+    log = runs.Log(folder / "metrics.jsonl", log_size, world.leads, mirrors)
     flops, peak = model.flops_per_token(work.train.segments.length_N), runs.peak_flops(world.device)
     if step == 0:
-        size = sum(p.numel() for p in model.parameters())
-        log.write(
-            runs.about_run(cfg, work, world.device, world.size, parameters=size, flops_per_token=flops, peak_flops=peak)
-        )
+        numbers = dict(parameters=sum(p.numel() for p in model.parameters()), flops_per_token=flops, peak_flops=peak)
+        log.write(runs.about_run(cfg, work, world.device, world.size, **numbers))
     tokens = int(work.plan.begin_S[step])
     keep = {max(1, round(fraction * work.steps)) for fraction in cfg.run.save_at}
     last_save, clock, measured_from = time.perf_counter(), world.clock(), step
@@ -801,7 +813,7 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
             **optimizers.weights(),
         )
         if not all(torch.isfinite(values).all() for values in state["model"].values()):
-            raise InputError(diverged("weights are not finite", step, folder))
+            raise InputError(runs.diverged("weights are not finite", step, folder))
         if world.leads:
             for path in paths:
                 runs.save_checkpoint(path, state)
@@ -810,29 +822,7 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
     source = planned(work.train, work.plan, range(step, work.steps), world.rank, world.size)
     counters = Counters()
     for batch in prefetched(placed(source, work.plan, trainer), counters=counters):
-        progress = tokens / work.tokens
-        tied = progress < cfg.model.tie_frac
-        if not tied and step and work.plan.begin_S[step - 1] / work.tokens < cfg.model.tie_frac:
-            optimizers.untie()
-        ahead = [w * (1 - 1.5 * progress) for w in cfg.model.mtp_weights if progress < 2 / 3]
-        window_share = stage(cfg.model.window_schedule, progress)
-        loss, gradients = torch.zeros((), device=world.device), PairwiseSum()
-        for part in batch.parts:
-            nll_T = model(*part, window_share, ahead)
-            part_loss = nll_T.sum() / batch.num_tokens
-            part_loss.backward()
-            if tied:
-                model.head.grad += model.embed.grad
-                model.embed.grad.zero_()
-            gradients.take([p.grad for p in model.parameters()])
-            model.zero_grad(set_to_none=True)
-            loss += part_loss.detach()
-        # In a short last batch a process may be without a micro-batch: it takes part with zeros.
-        summed = gradients.total() or [torch.zeros_like(p) for p in model.parameters()]
-        # Batch-size schedule (#46: -65 steps): the learning rate goes with the square root of the batch.
-        optimizers.step(summed, step, progress, stage(cfg.data.batch_schedule, progress))
-        if tied:
-            model.embed.data.copy_(model.head.data)
+        loss = train_step(cfg, work, trainer, batch)
         step, tokens = step + 1, tokens + batch.num_tokens
         last, kept = step == work.steps, step in keep
 
@@ -841,20 +831,14 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
             train_nats = world.sum(loss).item()
             time_s, clock = time_s + world.clock() - clock, world.clock()
             if not math.isfinite(train_nats) or step > work.steps / 10 and train_nats > math.log(model.vocab_size) + 1:
-                raise InputError(diverged(f"the loss is {train_nats:.4g}", step, folder))
+                raise InputError(runs.diverged(f"the loss is {train_nats:.4g}", step, folder))
         if logged or last:
             per_second = (tokens - rate_from[0]) / max(time_s - rate_from[1], 1e-9)
             rate_from = (tokens, time_s)
             mfu = flops * per_second / (peak * world.size) if peak else None
-            numbers = dict(tokens_per_second=round(per_second), mfu=mfu, memory_gib=runs.memory_gib(world.device))
-            row = dict(
-                step=step,
-                tokens=tokens,
-                train_nats=train_nats,
-                time_s=round(time_s, 3),
-                wait_s=round(counters.wait_seconds, 4),
-            )
-            log.write(row | {key: value for key, value in numbers.items() if value is not None})
+            row = dict(step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3))
+            row |= dict(wait_s=round(counters.wait_seconds, 4), tokens_per_second=round(per_second), mfu=mfu)
+            log.write(row | dict(memory_gib=runs.memory_gib(world.device)))
             log.say(
                 f"step:{step}/{work.steps} train_loss:{train_nats:.4f} train_time:{1000 * time_s:.0f}ms "
                 f"tok/s:{per_second:.0f} {f'mfu:{100 * mfu:.1f}% ' if mfu else ''}"
@@ -889,27 +873,13 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
 
 
 def placed(batches: Iterator[Batch], plan: Plan, trainer: Trainer) -> Iterator[Batch]:
-    """The batches, on the device. Runs ahead, in a thread."""
+    """The batches, on the device. Runs ahead, in a thread (whose device would be GPU 0)."""
+    if trainer.fixed is not None:
+        torch.cuda.set_device(trainer.world.device)
     for batch in batches:
         max_len = int(plan.max_len_S[batch.step])
         parts = [to_device(part, max_len, trainer.world.device, trainer.fixed) for part in batch.parts]
         yield batch._replace(parts=parts)
-
-
-def diverged(what: str, step: int, folder: Path) -> str:
-    """The sentence that ends a run which has gone astray; a state like that is never saved."""
-    return (
-        f"{what} at step {step}: the run diverged; lower the learning rates (the last good checkpoint is in {folder})"
-    )
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: giving them back and faulting them in again at every use costs a CPU run a
-    third of its speed (LOG.md, 2026-11-21: 6.1k -> 9.0k tokens/s)."""
-    if sys.platform == "linux":
-        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def main() -> None:
@@ -927,5 +897,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    runs.keep_freed_memory()
     guarded(main)
