@@ -169,6 +169,7 @@ FUNCTIONS = {
     "min": lambda x, y, *more: functools.reduce(np.minimum, (x, y, *more)),
     "max": lambda x, y, *more: functools.reduce(np.maximum, (x, y, *more)),
     "clip": clip,
+    "fill": lambda x, value: np.where(np.isnan(x), value, x),
     "z": z,
     "rank": rank,
     "resid": resid,
@@ -183,6 +184,7 @@ def evaluate(
     Known are numbers, + - * / **, and
 
         log(x), sqrt(x), abs(x), min(x, y, ...), max(x, y, ...), clip(x, lo, hi)
+        fill(x, value)     x, and value where x is NaN, as zstd_ratio is of a segment without text
         z(x)               (x - mean) / standard deviation
         rank(x)            share of segments below x, half of those level with it counted: strictly between 0 and 1
         resid(y, x, ...)   what the least-squares fit of y by x, ... and a constant leaves, as in
@@ -248,7 +250,7 @@ def evaluate(
             at = int(bad[0]) - (num_basis if bad[0] >= num_basis else 0)
             raise InputError(
                 f"{where} is NaN or infinite for {len(bad)} of {len(found)} segments "
-                f"(the first is segment {at}); sort by another measure"
+                f"(the first is segment {at}); sort by another measure or give those a value, as fill(zstd_ratio, 1) does"
             )
 
     with np.errstate(all="ignore"):

@@ -304,3 +304,11 @@ def test_the_basis_must_have_the_columns_too():
 def test_constants_that_come_to_nothing_are_refused_too(expression):
     with pytest.raises(InputError, match="is NaN or infinite"):
         evaluate(expression, {"a": A})
+
+
+def test_what_has_no_value_can_be_given_one():
+    columns = {"zstd_ratio": np.array([0.4, np.nan, 0.6], np.float32)}
+    np.testing.assert_allclose(evaluate("fill(zstd_ratio, 1)", columns), [0.4, 1, 0.6], rtol=1e-6)
+    assert evaluate("z(fill(zstd_ratio, 0.5))", columns)[1] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InputError, match=r"'log\(fill\(zstd_ratio, 0\)\)' is NaN or infinite for 1 of 3 .* as fill"):
+        evaluate("log(fill(zstd_ratio, 0))", columns)
