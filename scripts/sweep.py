@@ -115,18 +115,9 @@ def main(
     plan = Plan(out, sweep, expand(sweep), sweep.seeds, 0)
     if confirm:
         plan = confirmation(plan, *parse_confirm(confirm), remember=not dry_run)
-    if slots < 0 or threads < 0 or gpus_per_run < 0 or tokens_per_second < 0 or sd < 0:
-        raise InputError("--slots, --threads, --gpus-per-run, --tokens-per-second, --sd: expected 0 or more")
-    if gpus and (not gpus_per_run or len(gpus) % gpus_per_run):
-        raise InputError(f"--gpus {' '.join(map(str, gpus))}: not a multiple of --gpus-per-run {gpus_per_run}")
-    if len(set(gpus)) < len(gpus):
-        raise InputError(f"--gpus {' '.join(map(str, gpus))}: each GPU once")
-    if engine == "local":
-        gpus_per_run = gpus_per_run if gpus else 0
-        slots = len(gpus) // gpus_per_run if gpus else max(1, slots)
-    threads = threads or max(1, (os.cpu_count() or 1) // (slots if engine == "local" else 1))
-    machine = Machine(engine, gpus, gpus_per_run, slots, threads)
-
+    if tokens_per_second < 0 or sd < 0:
+        raise InputError(f"--tokens-per-second {tokens_per_second:g}, --sd {sd:g}: expected 0 or more")
+    machine = machine_for(engine, gpus, gpus_per_run, slots, threads)
     configs = trainer_configs(plan, file)
     sizes = check_orders(plan)
     tell(plan, file, machine, configs, sizes, tokens_per_second, sd)
@@ -526,6 +517,22 @@ class Machine(NamedTuple):
             else f"{self.threads} CPU threads"
         )
         return f"{self.slots} at a time, {of} each" if self.engine == "local" else f"{self.engine}, {of} a run"
+
+
+def machine_for(engine: str, gpus: tuple[int, ...], gpus_per_run: int, slots: int, threads: int) -> Machine:
+    """From the options of a command line. Raises InputError on what cannot be."""
+    given = f"--gpus {' '.join(map(str, gpus))}"
+    if min(gpus_per_run, slots, threads) < 0:
+        raise InputError(f"--gpus-per-run {gpus_per_run}, --slots {slots}, --threads {threads}: expected 0 or more")
+    if gpus and (not gpus_per_run or len(gpus) % gpus_per_run):
+        raise InputError(f"{given}: their number is not a multiple of --gpus-per-run {gpus_per_run}")
+    if len(set(gpus)) < len(gpus):
+        raise InputError(f"{given}: each GPU once")
+    if engine == "local":
+        gpus_per_run = gpus_per_run if gpus else 0
+        slots = len(gpus) // gpus_per_run if gpus else max(1, slots)
+    shared_by = slots if engine == "local" else 1
+    return Machine(engine, gpus, gpus_per_run, slots, threads or max(1, (os.cpu_count() or 1) // shared_by))
 
 
 def tell(plan, file, machine, configs, sizes, tokens_per_second: float, sd: float) -> None:
