@@ -482,6 +482,14 @@ def number(value: float | None, spec: str = ".4f") -> str:
     return "–" if value is None else format(value, spec)
 
 
+def several(count: int, noun: str) -> str:
+    """
+    >>> several(1, "arm"), several(2, "arm")
+    ('1 arm', '2 arms')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def interval(low: float | None, high: float | None, spec: str = "+.4f") -> str:
     return "–" if low is None else f"{low:{spec}} … {high:{spec}}"
 

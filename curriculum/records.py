@@ -111,14 +111,19 @@ def read_run(folder: Path) -> Run:
 
 def as_run(folder: Path, text: str, source: Path) -> Run:
     """A run from the text of its metrics.jsonl; `source` is what errors name."""
-    lines = text.split("\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was cut off by a kill
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise InputError(f"{source}: line {number} is not JSON: {line[:60]!r}") from None
-        rows.append(row if isinstance(row, dict) else {})
+    lines = text.split("\n")[:-1]  # what follows the last newline was cut off by a kill
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")  # all at once: twice as fast
+    except ValueError:
+        rows = []
+    if len(rows) != len(lines):  # line by line, to name the bad one
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise InputError(f"{source}: line {number} is not JSON: {line[:60]!r}") from None
+    rows = [row if isinstance(row, dict) else {} for row in rows]
     if not rows or rows[0].get("kind") != "run" or not FIRST_ROW <= rows[0].keys():
         raise InputError(
             f"{source}: its first row does not describe a run: the run never started, or another program wrote it"
@@ -394,8 +399,8 @@ def as_compared(arms: Arms, target: float | None = None, scoring_tokens: float =
     found, of = {}, arms.runs
     for name, members in of.items():
         first, base = members[0], baseline_of(name, of, arms.baseline)
-        controls = {}
-        if not same_order(first, of[arms.baseline][0]):
+        controls = {}  # of a control none are asked
+        if not same_order(first, of[arms.baseline][0]) and not first.schedule.startswith("placebo("):
             controls["placebo"] = control_of(name, of, first.measure, f"placebo(schedule={first.schedule})")
             controls["length"] = control_of(name, of, "length", first.schedule)
         order_alone = all(map(ends_with_its_order, members)) and (not base or same_tokens(members, of[base]))

@@ -21,7 +21,7 @@ from string import Template
 
 import numpy as np
 
-from curriculum.compare import ALPHA, CONFIDENCE, ORDER, Row, columns, first_reached
+from curriculum.compare import ALPHA, CONFIDENCE, ORDER, Row, columns, first_reached, several
 from curriculum.compare import number as plain_number
 from curriculum.config import LOCATIONS
 from curriculum.measures import evaluate
@@ -185,14 +185,6 @@ def minus(cell: str) -> str:
     return re.sub(r"-(?=[\d.])", "−", cell)
 
 
-def several(count: int, noun: str) -> str:
-    """
-    >>> several(1, "arm"), several(2, "arm")
-    ('1 arm', '2 arms')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def span(values: Iterable[int]) -> str:
     """
     >>> span([2, 2]), span([2, 5])
@@ -200,6 +192,17 @@ def span(values: Iterable[int]) -> str:
     """
     low, high = min(values := list(values)), max(values)
     return str(low) if low == high else f"{low} to {high}"
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """The first few, and how many more.
+
+    >>> listed("abc", 2)
+    'a, b and 1 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def short(name: str, limit: int = 22) -> str:
@@ -457,12 +460,12 @@ def verdict(rows: list[Row], baseline: str, alpha: float = ALPHA) -> str:
     if better:
         count = f"{len(better)} of {several(len(tested), 'tested arm')} beat"
         count = "The one tested arm beats" if len(tested) == 1 else count
-        names = ", ".join(
+        names = listed(
             f"{row.name} by {-row.test.difference:.4f} nats (n = {row.n}, p = {row.test.p_holm:.2g})" for row in better
         )
         said = f"{count} {baseline} (n = {base.n}) at Holm p < {alpha:g}: {names}"
         said += (
-            f"; a win, against placebo and length as well: {', '.join(wins)}"
+            f"; a win, against placebo and length as well: {listed(wins)}"
             if wins
             else "; no win, which takes beating a placebo and an order by length as well"
         )
@@ -474,7 +477,7 @@ def verdict(rows: list[Row], baseline: str, alpha: float = ALPHA) -> str:
             f"Holm p is {min(row.test.p_holm for row in tested):.2g}, and intervals reach up to ± {reach:.2g} nats"
         )
     if worse:
-        said += f"; worse by the whole interval: {', '.join(worse)}"
+        said += f"; worse by the whole interval: {listed(worse)}"
     if untested := len(others) - len(tested):
         said += f"; {several(untested, 'more arm')} could not be tested"
     if chosen:
@@ -507,7 +510,8 @@ def loss_curves(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Look
             train[name] = average(lines)
     base = val[baseline]
     over = {name: curve.minus(base.x_P, base.mean_P) for name, curve in val.items()}
-    band = f"Line: mean over runs. Band: {spread_said(arms)}."
+    band = f"Line: mean over runs. Band: {spread_said(arms)}"
+    band += f", where no more than {MANY} arms are drawn." if len(arms) > MANY else "."
     zoom = f"The loss axis fits what comes after the first {START:.0%} of the run; double-click shows all."
     return (
         plot(
@@ -568,8 +572,8 @@ def differences(arms: dict[str, list[Run]], rows: list[Row], baseline: str, look
         "Final validation loss, difference of means",
         f"Large mark and bar: difference of means and its {CONFIDENCE:.0%} Welch interval, not corrected for the "
         f"number of arms. Small circles: single runs, less the mean of {text(baseline)}. Left of the line is better."
-        + (f" Too few order seeds for an interval: {text(', '.join(unknown))}." if unknown else "")
-        + (f" No baseline of their settings: {text(', '.join(left_out))}." if left_out else ""),
+        + (f" Too few order seeds for an interval: {text(listed(unknown))}." if unknown else "")
+        + (f" No baseline of their settings: {text(listed(left_out))}." if left_out else ""),
         height=FOREST_HEAD + FOREST_ROW * len(marks),
     )
 
@@ -680,7 +684,7 @@ def tokens(
         f"Where runs first pass {level:.4f} nats, {text(whose)}, read off between validations. Small circles: single "
         "runs; large mark: their mean, where all of them get there. Passing a loss on the way is not the same as a "
         "shorter run that ends there: its learning rate would have come down by then."
-        + (f" Not all runs get there: {text(', '.join(short_of))}." if short_of else ""),
+        + (f" Not all runs get there: {text(listed(short_of))}." if short_of else ""),
         height=FOREST_HEAD + FOREST_ROW * len(marks),
     )
 
@@ -701,7 +705,7 @@ def losses_by_bin(arms: dict[str, list[Run]], baseline: str, looks: dict[str, Lo
         if sorting_key(arms[name][0]) == sorting_key(base) and bins.shape[1] == count
     }
     other = [name for name in arms if name not in shown]
-    left_out = f" Left out, with other bins or none: {text(', '.join(other))}." if other else ""
+    left_out = f" Left out, with other bins or none: {text(listed(other))}." if other else ""
     return (
         plot(
             bin_figure(shown, baseline, measure, looks),
@@ -952,12 +956,49 @@ def one_table(abouts: list[dict], read: Callable[[str], Scores]) -> str:
     small = "".join(
         histogram(name, values, scores.segments.length_N, edges.get(name, [])) for name, values in columns.items()
     )
+    rank_correlations = correlations({name: np.asarray(values, dtype=float) for name, values in columns.items()})
     return (
         f"<p class='note'>{several(len(scores.segments), 'segment')}, {several(scores.segments.num_tokens, 'token')}, "
         f"from {text(abouts[0]['scores']['folder'])}. Histograms weigh a segment by its tokens and show the "
         f"{ROBUST[0]:.1%} to {ROBUST[1]:.1%} quantiles of token mass; what lies outside is left out. Heavy line: "
         "median. Thin lines, where a measure was sorted by: edges of its bins.</p>"
-        f'<div class="multiples">{small}</div>\n'
+        f'<div class="multiples">{small}</div>\n{rank_correlations}'
+    )
+
+
+def correlations(columns: dict[str, np.ndarray]) -> str:
+    """Spearman's rank correlation of every two measures that vary: two that agree sort alike."""
+    from scipy.stats import rankdata
+
+    every = max(1, len(next(iter(columns.values()))) // 20_000)  # a correlation is known to 0.01 from so many
+    taken = {name: values[::every] for name, values in columns.items()}
+    usable = np.all([np.isfinite(v) for v in taken.values() if np.isfinite(v).any()], axis=0)
+    rank_of = {name: rankdata(v[usable]) for name, v in taken.items() if np.isfinite(v).any() and np.ptp(v[usable])}
+    if len(rank_of) < 2:
+        return ""
+    names, rho = list(rank_of), np.corrcoef(list(rank_of.values()))
+    heat = dict(
+        type="heatmap",
+        x=[text(short(name)) for name in names],
+        y=[text(short(name)) for name in names],
+        z=[numbers(row, 3) for row in np.abs(rho)],
+        text=[[number(r, ".2f") for r in row] for row in rho.tolist()],
+        texttemplate="%{text}",
+        zmin=0,
+        zmax=1,
+        xgap=1,
+        ygap=1,
+        colorscale=[[i / 4, f"var(--heat{i})"] for i in range(5)],
+        showscale=False,
+        hovertemplate="%{y} and %{x}: %{text}<extra></extra>",
+    )
+    bare = dict(ticks="", showline=False, showgrid=False, fixedrange=True)
+    x, y = axis(tickangle=-40) | bare, axis(autorange="reversed") | bare
+    return plot(
+        dict(data=[heat], layout=layout(x, y)),
+        "Rank correlation of measures",
+        f"Spearman's, over {several(int(usable.sum()), 'segment')}; colour: how strong, whichever its sign.",
+        height=140 + 26 * len(names),
     )
 
 
@@ -1045,7 +1086,7 @@ def one_sorting(arms: dict[str, list[Run]], orders: dict[str, Order], names: lis
     return (
         f"<h3>{several(bins, 'bin')} of {text(measure)}</h3><p class='note'>The segments nearest to their bin's "
         f"median, their first {EXAMPLE_CHARS} characters; � stands for bytes that are no text, as where a segment "
-        f"begins inside a character. Arms sorted so: {text(', '.join(names))}.</p>" + "".join(parts)
+        f"begins inside a character. Arms sorted so: {text(listed(names))}.</p>" + "".join(parts)
     )
 
 
@@ -1330,7 +1371,9 @@ function draw(plot) {
   const {data, layout} = themed(plot.figure, getComputedStyle(document.documentElement));
   for (const {meta} of data) if (meta && "arm" in meta) plot.lines = true;
   if (plot.lines) {
-    for (const trace of data) trace.visible = boxes.get(trace.meta.arm).checked && matches(trace.meta.arm);
+    const shown = arm => boxes.get(arm).checked && matches(arm);
+    const many = [...boxes.keys()].filter(shown).length > 12;  // bands of so many would hide the lines
+    for (const trace of data) trace.visible = shown(trace.meta.arm) && !(many && trace.fill);
     if (layout.meta) layout.yaxis.range = fitted(data, layout.meta.fit_from);
   }
   if (layout.meta && layout.meta.rows) { plot.rows = true; arrange(plot.canvas, {data, layout}); }

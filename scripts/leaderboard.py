@@ -145,7 +145,8 @@ def resolution(rows: list[compare.Row], alpha: float) -> str:
     effect = compare.smallest_effect(sd, least, base.n, alpha=alpha, comparisons=len(tested))
     return (
         f"n counts order seeds. With {least} against {base.n}, a spread of {sd:.4f} nats (pooled) and "
-        f"{len(tested)} arms under Holm at {alpha:g}, an improvement of {effect:.4f} nats is shown 8 times in 10."
+        f"{compare.several(len(tested), 'arm')} under Holm at {alpha:g}, an improvement of {effect:.4f} nats "
+        "is shown 8 times in 10."
     )
 
 
@@ -283,7 +284,9 @@ def check_records(records: Path, readme: Path) -> None:
         wrong += differing(readme, before + shown + after, before + shown_text(records) + after)
     if wrong:
         fail("; ".join(wrong), code=1)
-    print(f"{len(folders)} records, {num_rows} arms: every row is what its runs say")
+    print(
+        f"{compare.several(len(folders), 'record')}, {compare.several(num_rows, 'arm')}: every row is what its runs say"
+    )
 
 
 def differing(path: Path, stored: str, derived: str) -> list[str]:

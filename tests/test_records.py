@@ -42,8 +42,11 @@ def run_rows(
     about |= dict(schedule=name, measure="entropy", bins=16) | (making or {})
     if multiset:
         about["multiset_sha256"] = multiset
-    settings = dict(run=dict(name=name, seed=seed), data=dict(batch_tokens=batch_tokens), optim=dict(muon_lr=0.02))
+    settings = dict(
+        run=dict(name=name, seed=seed), data=dict(batch_tokens=batch_tokens, order=""), optim=dict(muon_lr=0.02)
+    )
     head = dict(kind="run", name=name, seed=seed, steps=steps, config=settings | config, code_sha256=code)
+    head["parameters"] = 1
     rows = [head | dict(identity=identity, order=about, val_tokens=val_tokens)]
     for step in range(10, steps + 1, 10):
         at = dict(step=step, tokens=step * batch_tokens)

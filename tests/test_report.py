@@ -142,8 +142,9 @@ def test_plotly_accepts_every_figure(page):
     import plotly.graph_objects as go
 
     figures = Reader(page).figures
-    # Curves, forest, tokens, bins, two of the three bins over training (the first is empty), orders, ranks, measures.
-    assert len(figures) == 3 + 1 + 2 + 1 + 2 + 3 + 1 + 4
+    # Curves, forest, tokens, bins, two of the three bins over training (the first is empty), orders, ranks, measures
+    # and their correlations.
+    assert len(figures) == 3 + 1 + 2 + 1 + 2 + 3 + 1 + 4 + 1
     for figure in figures:
         go.Figure(figure)  # raises ValueError on an unknown property
 
@@ -187,6 +188,20 @@ def test_tokens_to_the_baselines_loss_are_read_off_each_run(page):
     reached = {t["meta"]["row"]: t["x"] for t in figure["data"] if t["meta"]["below"]}
     assert [x is not None for x in reached[0]] == [True, True, False] and None not in reached[1]
     assert reached[2] == [None]
+
+
+def test_measures_that_sort_alike_correlate(page):
+    """Signed in the text, by strength in the colour; of a measure with itself it is 1."""
+    (figure,) = [f for f in Reader(page).figures if f["data"][0].get("texttemplate")]
+    heat = figure["data"][0]
+    assert set(heat["x"]) == {"unigram_nll", "length", "zstd_ratio", "type_token_ratio"}
+    for i in range(4):
+        assert heat["text"][i][i] == "1.00"
+        for j in range(4):
+            assert float(heat["text"][i][j].replace("−", "-")) == pytest.approx(heat["z"][i][j], abs=0.006) or (
+                heat["text"][i][j].startswith("−")
+            )
+    assert heat["text"][heat["y"].index("length")][heat["x"].index("type_token_ratio")].startswith("−")
 
 
 def test_examples_are_the_text_of_the_segments_named(page, made):
