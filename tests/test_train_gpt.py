@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
+from curriculum import ablate
 from curriculum.config import Config, Optim, validate
 from curriculum.loader import Packed, planned
 from curriculum.moments import softcapped
@@ -756,3 +757,46 @@ def test_a_loss_worse_than_guessing_is_divergence(tiny_corpus, tmp_path, monkeyp
 
     monkeypatch.setattr(train_gpt, "block_loss_eager", worse)
     assert "the loss is 7.8" in refusal(tiny_config(tiny_corpus, tmp_path / "run", steps=20))
+
+
+# --- one technique at a time ------------------------------------------------------------------------------------------
+
+
+def test_variants_lack_one_technique_each(tmp_path):
+    """Every technique a preset has is left out once, and nothing else changes; off ones are not run twice."""
+    for features, number in [("demo", 3), ("speed", 14), ("flags", 9)]:
+        cfg = tiny_config(tmp_path, tmp_path, features)
+        found = ablate.variants(cfg)
+        assert found.pop("nothing") == cfg
+        for technique, variant in found.items():
+            tables, other = cfg.model_dump(), variant.model_dump()
+            changed = {f"{t}.{k}" for t in tables for k in tables[t] if tables[t][k] != other[t][k]}
+            assert changed and changed <= ablate.WITHOUT[technique].keys()
+        assert len(found) >= number, sorted(found)
+
+
+def test_the_ablation_table_is_that_of_the_runs(tiny_corpus, tmp_path, capsys):
+    base = tmp_path / "ablation"
+    cfg = tiny_config(tiny_corpus, base, steps=3, num_seeds=2)
+    ran = []
+    ablate.ablate(cfg, lambda variant: ran.append(variant) or train_gpt.train(variant, ONE), True)
+    assert [variant.run.name for variant in ran][:2] == ["tiny-without-nothing", "tiny-without-document-mask"]
+    lines = (base / "table.md").read_text().splitlines()
+    assert "n = 2 seeds" in lines[0] and "768 tokens" in lines[0]
+    found = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in lines[4:]}
+    assert found.keys() == ablate.variants(cfg).keys()
+    losses = {}
+    for name in found:
+        runs = [rows_of(base / name.replace(" ", "-") / f"seed{seed}")[-1]["documents_nats"] for seed in (0, 1)]
+        losses[name] = np.mean(runs)
+        assert found[name][0] == f"{losses[name]:.4f}" and found[name][1] == f"{np.std(runs, ddof=1):.4f}"
+    assert list(found) == sorted(losses, key=lambda name: -losses[name])
+    assert found["softcap"][2].startswith(f"{losses['softcap'] - losses['nothing']:+.4f} ± ")
+    # The same command runs nothing again.
+    before = {path: path.stat().st_mtime_ns for path in base.rglob("last.pt")}
+    ablate.ablate(cfg, lambda variant: train_gpt.train(variant, ONE), True)
+    assert before == {path: path.stat().st_mtime_ns for path in base.rglob("last.pt")}
+    # Time is up: it says where, and writes no table.
+    (base / "table.md").unlink()
+    ablate.ablate(cfg, lambda variant: "softcap" not in variant.run.name, True)
+    assert not (base / "table.md").exists() and "stopped at the variant without softcap" in capsys.readouterr().out
