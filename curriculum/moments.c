@@ -8,6 +8,7 @@
    gcc turns the clamp into masked branches, 1.6 times slower) but -fno-associative-math, which keeps that order; and
    as -ffast-math promises the compiler that there are no NaNs, they are looked for among the bits. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -43,16 +44,25 @@ static inline float exp_of(float y) {
 }
 
 /* Of each row of `logits` its maximum m (at least LOWEST) and, with y = max(logit - m, LEAST), the sums of e^y, y e^y and
-   y^2 e^y, written to rows 0 to 3 of `out`. `columns` is a multiple of LANES; `stride` and `out_stride` count floats.
-   A logit may be -inf. NaN or +inf in a row makes its sums NaN. */
-void reduce_rows(const float *logits, int64_t rows, int64_t columns, int64_t stride, float *out, int64_t out_stride) {
+   y^2 e^y, written to rows 0 to 3 of `out`. `stride` and `out_stride` count floats; a row has room for a whole number of
+   LANES. With a cap c > 0 the logits are first replaced by x / sqrt(1 + x^2 / c^2); without one, a logit may be -inf. NaN
+   or +inf in a row makes its sums NaN. */
+void reduce_rows(float *logits, int64_t rows, int64_t columns, int64_t stride, float cap, float *out, int64_t out_stride) {
+    const int64_t whole = (columns + LANES - 1) / LANES * LANES;
+    const float inverse = cap > 0 ? 1 / cap : 0;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
-        const float *x = logits + i * stride;
+        float *x = logits + i * stride;
         float m[LANES], s[LANES] = {0}, a[LANES] = {0}, b[LANES] = {0};
         int32_t broken[LANES] = {0};
         for (int l = 0; l < LANES; l++) m[l] = LOWEST;
-        for (int64_t j = 0; j < columns; j += LANES)
+        if (cap > 0)
+            for (int64_t j = 0; j < columns; j++) {
+                const float scaled = x[j] * inverse;
+                x[j] /= sqrtf(1 + scaled * scaled);
+            }
+        for (int64_t j = columns; j < whole; j++) x[j] = LOWEST; /* takes no part */
+        for (int64_t j = 0; j < whole; j += LANES)
             for (int l = 0; l < LANES; l++) {
                 const int32_t bits = bits_of(x[j + l]);
                 m[l] = x[j + l] > m[l] ? x[j + l] : m[l];
@@ -62,7 +72,7 @@ void reduce_rows(const float *logits, int64_t rows, int64_t columns, int64_t str
             m[0] = m[l] > m[0] ? m[l] : m[0];
             broken[0] |= broken[l];
         }
-        for (int64_t j = 0; j < columns; j += LANES)
+        for (int64_t j = 0; j < whole; j += LANES)
             for (int l = 0; l < LANES; l++) {
                 float y = x[j + l] - m[0];
                 y = y > LEAST ? y : LEAST;

@@ -226,20 +226,20 @@ class _Eager:
 
 
 class _Native(_Eager):
-    """Reduces a tile by moments.c; what comes before it (bias, softcap) are torch's operations."""
+    """Reduces a tile by moments.c; a bias and Gemma's softcap come before it as torch's operations."""
 
     whole = True
 
     def __call__(self, y_PC: Tensor, bias_C: Tensor | None, scratch_PC: None, out_4P: Tensor) -> None:
         if bias_C is not None:
             y_PC += bias_C
-        if self.cap:
-            y_PC.copy_(CAPS[self.cap_kind](y_PC, self.cap))
-        (num_rows, width), stride = y_PC.shape, y_PC.stride(0)
-        lanes = -(-width // LANES) * LANES
-        assert lanes <= stride and y_PC.stride(1) == out_4P.stride(1) == 1
-        y_PC.as_strided((num_rows, lanes - width), (stride, 1), y_PC.storage_offset() + width).fill_(-torch.inf)
-        _library().reduce_rows(y_PC.data_ptr(), num_rows, lanes, stride, out_4P.data_ptr(), out_4P.stride(0))
+        cap = self.cap
+        if cap and self.cap_kind == "tanh":
+            y_PC.copy_(tanh_capped(y_PC, cap))
+            cap = 0.0
+        (num_rows, columns), stride = y_PC.shape, y_PC.stride(0)
+        assert stride >= _up(columns, LANES) and y_PC.stride(1) == out_4P.stride(1) == 1
+        _library().reduce_rows(y_PC.data_ptr(), num_rows, columns, stride, cap, out_4P.data_ptr(), out_4P.stride(0))
 
 
 @cache
@@ -259,7 +259,7 @@ def _library():
             except (OSError, subprocess.CalledProcessError):
                 continue
             pointer, size = ctypes.c_void_p, ctypes.c_int64
-            library.reduce_rows.argtypes = [pointer, size, size, size, pointer, size]
+            library.reduce_rows.argtypes = [pointer, size, size, size, ctypes.c_float, pointer, size]
             library.reduce_rows.restype = None
             return library
     print("note: no C compiler (cc) builds curriculum/moments.c here: scoring on this CPU is a seventh slower")
