@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +86,8 @@ def documents(bounds: np.ndarray, max_len: int, device: torch.device) -> Documen
         scatter_T[index[real]] = offset + np.flatnonzero(real.ravel())
         gather.append(torch.from_numpy(index))
         offset += index.size
-    return Documents(
-        torch.from_numpy(bounds), max_len, torch.from_numpy(position_T), gather, torch.from_numpy(scatter_T)
-    )
+    scatter_T = torch.from_numpy(scatter_T)
+    return Documents(torch.from_numpy(bounds), max_len, torch.from_numpy(position_T), gather, scatter_T)
 
 
 def attend(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, docs: Documents, scale: float, window: int = 0) -> Tensor:
@@ -620,9 +620,7 @@ class Fixed(NamedTuple):
     max_documents: int
 
 
-def to_device(
-    part: Packed, max_len: int, device: torch.device, fixed: Fixed | None = None
-) -> tuple[Tensor, Tensor, Documents]:
+def to_device(part: Packed, max_len: int, device, fixed: Fixed | None = None) -> tuple[Tensor, Tensor, Documents]:
     """Inputs, targets and documents (none longer than `max_len`) of a row; on CUDA it is filled up with documents whose
     targets are -1."""
     token_T, target_T = (torch.from_numpy(x.astype(np.int64)) for x in (part.input_T, part.target_T))
@@ -638,9 +636,7 @@ def to_device(
 
 
 @torch.no_grad()
-def evaluate(
-    model, stream: Stream, val_tokens: int, cfg: Config, world: World, bin_N=None, fixed: Fixed | None = None
-) -> dict:
+def evaluate(model, stream: Stream, val_tokens: int, cfg: Config, world: World, bin_N=None, fixed=None) -> dict:
     """Mean cross-entropy (nats) over the first `val_tokens` of `stream`, and over each bin of segments.
 
     Rows hold whole segments, as in scoring. Bins without a token are null.
@@ -684,6 +680,9 @@ def validate(trainer: "Trainer", work: Work, last: bool) -> dict:
 # Training
 
 
+PHASES = ("forward", "backward", "optimizer")
+
+
 class Trainer(NamedTuple):
     """What several seeds share: made, and on CUDA compiled, once."""
 
@@ -692,6 +691,7 @@ class Trainer(NamedTuple):
     optimizers: Optimizers
     world: World
     fixed: Fixed | None
+    spent_s: dict[str, float]  # with run.split_times: seconds of every phase of all steps
 
 
 def train(cfg: Config, world: World) -> bool:
@@ -701,24 +701,12 @@ def train(cfg: Config, world: World) -> bool:
     started, trainer = time.perf_counter(), None
     for one in cfg.seeds():
         work = prepare(one, say)
-        for parts in set(work.plan.parts_S.tolist()):
-            if parts % world.size:
-                raise InputError(
-                    f"{parts} micro-batches (a step's tokens / data.micro_batch_tokens) cannot be shared "
-                    f"by {world.size} processes"
-                )
+        runs.check_shares(work, world.size)
         folder = runs.claim_folder(one, work, world.leads)
-        try:
+        with runs.out_of_memory_advised(cfg):
             trainer = trainer or make_trainer(cfg, work, world)
             if not train_seed(one, work, folder, trainer, started):
                 return False
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            raise InputError(
-                f"out of memory ({str(error).splitlines()[0]}); lower data.micro_batch_tokens, now "
-                f"{cfg.data.micro_batch_tokens}: the result stays the same, up to rounding"
-            ) from None
     return True
 
 
@@ -726,7 +714,7 @@ def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
     model = GPT(cfg.model, work.corpus.vocab_size).to(world.device)
     optimizers = Optimizers(model, cfg.optim, world)
     if world.device.type == "cpu":
-        return Trainer(cfg, model, optimizers, world, None)
+        return Trainer(cfg, model, optimizers, world, None, dict.fromkeys(PHASES, 0.0))
     row_tokens, whole = cfg.data.micro_batch_tokens, work.plan
     steps = dict(steps=work.steps, max_len=whole.max_len_S)
     most = most_documents(work.train, np.diff(whole.begin_S), whole.parts_S, **steps)
@@ -734,7 +722,7 @@ def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
         most = max(most, int(np.diff(packed_rows(stream.segments.length_N, row_tokens)).max()))
     filler = -(-row_tokens // int(whole.max_len_S.min()))
     fixed = Fixed(row_tokens, -(-(most + filler) // 64) * 64)
-    trainer = Trainer(cfg, model, optimizers, world, fixed)
+    trainer = Trainer(cfg, model, optimizers, world, fixed, dict.fromkeys(PHASES, 0.0))
     model.hidden = torch.compile(model.hidden, dynamic=False)
     # Compile before the clock runs: one step at every window size, and an evaluation. Weights come afterwards.
     model.init_weights(0)
@@ -757,9 +745,13 @@ def train_step(cfg: Config, work: Work, trainer: Trainer, batch: Batch) -> Tenso
     if at[0] < cfg.model.tie_frac <= at[1]:
         optimizers.untie()
     ahead = [w * (1 - 1.5 * progress) for w in cfg.model.mtp_weights if progress < 2 / 3]
+    # Waiting for the device after every phase costs time: only where asked for.
+    clock = world.clock if cfg.run.split_times else time.perf_counter
+    laps = [clock()]
     loss, gradients = torch.zeros((), device=world.device), PairwiseSum()
     for part in batch.parts:
         part_loss = model(*part, stage(cfg.model.window_schedule, progress), ahead).sum() / batch.num_tokens
+        laps.append(clock())
         part_loss.backward()
         if tied:
             model.head.grad += model.embed.grad
@@ -767,12 +759,16 @@ def train_step(cfg: Config, work: Work, trainer: Trainer, batch: Batch) -> Tenso
         gradients.take([p.grad for p in model.parameters()])
         model.zero_grad(set_to_none=True)
         loss += part_loss.detach()
+        laps.append(clock())
     # In a short last batch a process may be without a micro-batch: it takes part with zeros.
     summed = gradients.total() or [torch.zeros_like(p) for p in model.parameters()]
     # Batch-size schedule (#46: -65 steps): the learning rate goes with the square root of the batch.
     optimizers.step(summed, batch.step, progress, stage(cfg.data.batch_schedule, progress))
     if tied:
         model.embed.data.copy_(model.head.data)
+    laps.append(clock())
+    for i, (begin, end) in enumerate(pairwise(laps)):
+        trainer.spent_s[PHASES[2 if i == len(laps) - 2 else i % 2]] += end - begin
     return loss
 
 
@@ -838,6 +834,8 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
             mfu = flops * per_second / (peak * world.size) if peak else None
             row = dict(step=step, tokens=tokens, train_nats=train_nats, time_s=round(time_s, 3))
             row |= dict(wait_s=round(counters.wait_seconds, 4), tokens_per_second=round(per_second), mfu=mfu)
+            if cfg.run.split_times:
+                row |= {f"{phase}_s": round(seconds, 4) for phase, seconds in trainer.spent_s.items()}
             log.write(row | dict(memory_gib=runs.memory_gib(world.device)))
             log.say(
                 f"step:{step}/{work.steps} train_loss:{train_nats:.4f} train_time:{1000 * time_s:.0f}ms "

@@ -58,6 +58,8 @@ class Run(Table):
     """Save the resume point last.pt at the first logged step after this many seconds since the last save."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between rows of training loss in metrics.jsonl."""
+    split_times: bool = False
+    """Log the seconds of forward, backward and optimizer, waiting for the device after each: for measuring only."""
     target_nats: Annotated[float, Field(ge=0)] = 0.0
     """Validation loss whose first reaching is logged with its tokens and time (3.28 on FineWeb); 0 means none."""
     wandb: Literal["off", "offline", "online"] = "off"

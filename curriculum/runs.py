@@ -15,7 +15,8 @@ import platform
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,6 +156,32 @@ def run_plan(num_tokens: int, steps: int, data: Data) -> Plan:
         at += tokens
     batch_tokens, num_parts, max_lens = zip(*rows, strict=True)
     return plan(num_tokens, batch_tokens, num_parts, len(rows), max_lens)
+
+
+def check_shares(work: Work, processes: int) -> None:
+    """Raise InputError if some step's micro-batches cannot be shared out evenly."""
+    for parts in set(work.plan.parts_S.tolist()):
+        if parts % processes:
+            raise InputError(
+                f"{parts} micro-batches (a step's tokens / data.micro_batch_tokens) cannot be shared "
+                f"by {processes} processes"
+            )
+
+
+@contextmanager
+def out_of_memory_advised(cfg: Config) -> Iterator[None]:
+    """Within, running out of memory is a sentence that names the setting to turn."""
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise InputError(
+            f"out of memory ({str(error).splitlines()[0]}); lower data.micro_batch_tokens, now "
+            f"{cfg.data.micro_batch_tokens}: the result stays the same, up to rounding"
+        ) from None
 
 
 # -- The folder

@@ -577,6 +577,16 @@ def test_the_average_is_that_of_the_last_steps(tiny_corpus, tmp_path):
     torch.testing.assert_close(weights(0.5, 0.4, "ema")[5], expected)
 
 
+def test_the_time_of_a_step_is_split_when_asked_for(tiny_corpus, tmp_path):
+    train_gpt.train(tiny_config(tiny_corpus, tmp_path / "run", steps=6, split_times=True), ONE)
+    *_, row = (row for row in rows_of(tmp_path / "run") if "train_nats" in row)
+    spent = [row[f"{phase}_s"] for phase in train_gpt.PHASES]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert min(spent) > 0 and sum(spent) < lines[-1]["time_s"]
+    train_gpt.train(tiny_config(tiny_corpus, tmp_path / "plain", steps=6), ONE)
+    assert "forward_s" not in rows_of(tmp_path / "plain")[0]
+
+
 def test_the_target_is_logged_where_it_is_reached(tiny_corpus, tmp_path, capsys):
     cfg = tiny_config(tiny_corpus, tmp_path / "run", steps=21, target_nats=5.3)
     train_gpt.train(cfg, ONE)
