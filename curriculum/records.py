@@ -434,7 +434,8 @@ def slope_of(members: list[Run], others: list[Run]) -> compare.Slope | None:
     slopes = [[compare.slope_of_curve(*run.curve("val_nats")) for run in unit] for unit in units(members)]
     if any(slope is None for unit in slopes for slope in unit):
         return None
-    return compare.Slope(np.array([np.mean(unit) for unit in slopes]), np.array([]), "the baseline's own last fifth, which errs towards zero")
+    of_each = np.array([np.mean(unit) for unit in slopes])
+    return compare.Slope(of_each, np.array([]), "the baseline's own last fifth, which errs towards zero")
 
 
 def needs_reference(run: Run) -> bool:
