@@ -6,10 +6,11 @@ prepare   tokenising text, tokens/s of one core, beside tiktoken's own list-retu
 segments  the BOS scan and segment table, tokens/s of one core, beside the bare comparison it cannot do without
 scoring   entropy, varentropy and NLL from hidden states, beside the head's GEMM, the seed's formula and a whole GPT-2
           124M; packing of the English corpus; merging the tables of 10M segments (`score` is the same)
-order     from a measure to an order, beside np.argsort of the same array
+order     from a measure to an order of 10M segments, time and memory, beside np.argsort of the same array
 loader    shuffled documents to batches, beside a bare np.concatenate of the same slices and a stock reader of whole
           shards, from warm and cold page cache; the first batch of 10M segments; what a step waits for the loader
-trainer   the demo preset's training step, tokens/s, and the share of it that waits for the loader
+trainer   on a CPU the demo preset, tokens/s, beside a plain PyTorch GPT of its shape, and two processes beside one; on
+          CUDA the presets anchor and speed: tokens/s, MFU, memory, where the time of a step goes
 
 The JSON is flat: {"figure": number}, the unit or "over" in the key.
 """
@@ -33,7 +34,8 @@ from curriculum.records import read_run
 from data.cli import InputError, command
 from data.files import write_json
 
-ENGLISH = Path(__file__).parents[2] / "shared" / "corpus" / "english.jsonl.xz"
+ROOT = Path(__file__).parents[1]
+ENGLISH = ROOT.parent / "shared" / "corpus" / "english.jsonl.xz"
 
 
 def main(name: str, /, json: Path | None = None) -> None:
@@ -307,15 +309,39 @@ def bench_merge() -> dict:
     return {"merge_seconds": spent, "merge_peak_gib": peak}
 
 
-def bench_order() -> dict:
-    from curriculum.order import build_order
-    from curriculum.schedules import parse
+ORDER = """
+import sys, time
+import numpy as np
+from curriculum.diagnostics import describe
+from curriculum.order import build_order
+from curriculum.schedules import parse
+num = int(sys.argv[1])
+rng = np.random.default_rng(0)
+values, length = rng.standard_normal(num), rng.integers(100, 1025, num, dtype=np.int32)
+schedule = parse("then(fold(5), random, tau=0.2)")
+def ours():
+    describe(build_order(values, length, schedule, 64, 0), 262_144, lambda t: 1 - t)
+best, peak = [np.inf, np.inf], 0
+for _ in range(int(sys.argv[2])):  # by turns, so that a slow moment of the machine hits both alike
+    for i, function in enumerate((ours, lambda: np.argsort(values))):
+        begin = time.perf_counter()
+        function()
+        best[i] = min(best[i], time.perf_counter() - begin)
+        peak = peak or int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+print(*best, peak / 2**20)
+"""
 
-    rng = np.random.default_rng(0)
-    values, length = rng.standard_normal(1_000_000), rng.integers(100, 1024, 1_000_000, dtype=np.int32)
-    schedule = parse("then(fold(5), random, tau=0.2)")
-    ours, argsort = seconds(lambda: build_order(values, length, schedule, 64, 0), lambda: np.argsort(values), repeats=3)
-    return {"order_seconds_per_million_segments": ours, "order_time_over_argsort": ours / argsort}
+
+def bench_order() -> dict:
+    """From measure and lengths to an order and its diagnostics, in processes of their own; 64 bins, a random tail."""
+    figures = {}
+    for millions, repeats in ((1, 5), (10, 3)):
+        child = [sys.executable, "-c", ORDER, str(millions * 1_000_000), str(repeats)]
+        done = subprocess.run(child, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+        ours, argsort, peak = map(float, done.stdout.split())
+        figures |= {f"order_seconds_{millions}m": ours, f"argsort_seconds_{millions}m": argsort}
+        figures |= {"order_over_argsort": ours / argsort, "order_peak_gib": peak}  # the larger size stays
+    return figures
 
 
 BATCH_TOKENS, PARTS = 262_144, 8
@@ -336,7 +362,9 @@ def bench_loader() -> dict:
         ids = rng.permutation(len(segments))
         figures = bench_reading(corpus, segments, ids) | bench_cold(corpus, segments, ids)
         waited = bench_waiting(corpus, segments, ids)
-    demo = bench_trainer()["loader_wait_over_step"]
+    with tempfile.TemporaryDirectory() as folder:
+        last = trained("configs/demo.toml", make_sample(folder))
+        demo = last["wait_s"] / last["time_s"]
     return {
         **figures,
         **bench_first_batch(),
@@ -485,21 +513,122 @@ def bench_first_batch() -> dict:
 
 
 def bench_trainer() -> dict:
-    root = Path(__file__).parents[1]
+    import torch
+
+    return bench_presets() if torch.cuda.is_available() else bench_demo()
+
+
+def bench_demo() -> dict:
+    """On a CPU: the demo preset beside a plain GPT, by turns, and two processes beside one, each held to one core."""
+    one_core = {"OMP_NUM_THREADS": "1"}
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with tempfile.TemporaryDirectory() as folder:
-        say = dict(cwd=root, check=True, stdout=subprocess.DEVNULL)
-        shards = ["--out", f"{folder}/shards", "--tokens", "300000"]
-        subprocess.run([sys.executable, "-m", "data.sample", *shards], **say)
-        settings = ["--data.shards", f"{folder}/shards", "--run.out_dir", f"{folder}/run", "--run.log_every", "4"]
-        steps = ["--run.steps", "36", "--data.val_every", "36"]
-        subprocess.run([sys.executable, "train_gpt.py", "configs/demo.toml", *settings, *steps], **say)
-        rows = [r for r in read_run(Path(folder) / "run").rows if "train_nats" in r]
-    spent = rows[-1]["time_s"] - rows[0]["time_s"]  # the first rows pay for warming up
-    waited = rows[-1]["wait_s"] - rows[0]["wait_s"]
+        shards = make_sample(folder)
+        ours, plain = [], []
+        for _ in range(3):
+            ours.append(trained("configs/demo.toml", shards)["tokens_per_second"])
+            plain.append(plain_tokens_per_second(shards))
+        alone, shared = [], []
+        for _ in range(2):
+            alone.append(trained("configs/demo.toml", shards, env=one_core, core=0)["tokens_per_second"])
+            shared.append(trained("configs/demo.toml", shards, *two, env=one_core)["tokens_per_second"])
+        last = trained("configs/demo.toml", shards)
     return {
-        "demo_tokens_per_second": (rows[-1]["tokens"] - rows[0]["tokens"]) / spent,
-        "loader_wait_over_step": waited / spent,
+        "demo_tokens_per_second": max(ours),
+        "plain_tokens_per_second": max(plain),
+        "demo_over_plain": max(ours) / max(plain),
+        "one_process_tokens_per_second": max(alone),
+        "two_processes_over_one": max(shared) / max(alone),
+        "loader_wait_over_step": last["wait_s"] / last["time_s"],
+        "demo_memory_gib": last["memory_gib"],
     }
+
+
+def bench_presets() -> dict:
+    """On CUDA: tokens/s, MFU, memory, and where a step's time goes, per preset, on random tokens."""
+    from data.shards import write_shard
+
+    figures, rng = {}, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for split, count in (("train", 30_000_000), ("val", 2_000_000)):
+            tokens = rng.integers(0, 50256, count, dtype=np.uint16)
+            tokens[np.cumsum(rng.geometric(1 / 690, count // 800))] = 50256  # documents as long as FineWeb's
+            write_shard(Path(folder) / f"bench_{split}_000000.bin", tokens)
+        for preset in ("anchor", "speed"):
+            steps = ["--data.val_tokens", "1000000"]
+            row = trained(f"configs/{preset}.toml", folder, settings=steps)
+            split = trained(f"configs/{preset}.toml", folder, settings=[*steps, "--run.split_times"])
+            figures |= {f"{preset}_tokens_per_second": row["tokens_per_second"], f"{preset}_mfu": row["mfu"]}
+            figures[f"{preset}_memory_gib"] = row["memory_gib"]
+            figures |= {
+                f"{preset}_{phase}_over_step": split[f"{phase}_s"] / split["time_s"]
+                for phase in ("forward", "backward", "optimizer", "wait")
+            }
+    return figures
+
+
+def make_sample(folder: str) -> str:
+    shards = f"{folder}/shards"
+    sample = [sys.executable, "-m", "data.sample", "--out", shards, "--tokens", "300000"]
+    subprocess.run(sample, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return shards
+
+
+def trained(config: str, shards: str, *launcher: str, settings=(), env=None, core: int | None = None) -> dict:
+    """The last training row of a run of 36 steps: its tokens/s are of the last 12, long after warming up."""
+    steps = ["--run.steps", "36", "--run.log_every", "12", "--data.val_every", "36"]
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["--data.shards", shards, "--run.out_dir", f"{folder}/run"]
+        line = [sys.executable, *launcher, "train_gpt.py", config, *where, *steps, *settings]
+        say = dict(cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=os.environ | (env or {}))
+        if core is not None:
+            say["preexec_fn"] = lambda: os.sched_setaffinity(0, {core})
+        subprocess.run(line, **say)
+        return [row for row in read_run(Path(folder) / "run").rows if "train_nats" in row][-1]
+
+
+def plain_tokens_per_second(shards: str) -> float:
+    """A GPT of the demo's shape as a PyTorch tutorial has it: modules, LayerNorm, GELU, AdamW on everything.
+
+    The same vocabulary, rows, batches and threads; 24 steps after 12 to warm up.
+    """
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    from curriculum.config import load
+    from data.shards import open_corpus, read_shard
+
+    cfg, corpus = load(ROOT / "configs/demo.toml"), open_corpus(shards, quiet=True)
+    tokens, length = read_shard(corpus.paths[0]).astype(np.int64), cfg.data.seq_len
+    layer = nn.TransformerEncoderLayer(
+        cfg.model.model_dim,
+        cfg.model.model_dim // cfg.model.head_dim,
+        cfg.model.mlp_ratio * cfg.model.model_dim,
+        dropout=0.0,
+        activation="gelu",
+        batch_first=True,
+        norm_first=True,
+    )
+    torch.manual_seed(0)
+    body = nn.TransformerEncoder(layer, cfg.model.num_layers, nn.LayerNorm(cfg.model.model_dim), False)
+    embed, place = (nn.Embedding(count, cfg.model.model_dim) for count in (corpus.vocab_size, length))
+    head = nn.Linear(cfg.model.model_dim, corpus.vocab_size, bias=False)
+    causal = nn.Transformer.generate_square_subsequent_mask(length)
+    optimizer = torch.optim.AdamW([p for m in (body, embed, place, head) for p in m.parameters()], lr=1e-3, fused=True)
+    rows = cfg.data.micro_batch_tokens // length
+    parts = cfg.data.batch_tokens // cfg.data.micro_batch_tokens
+    for step in range(36):
+        if step == 12:
+            begin = time.perf_counter()
+        for part in range(parts):
+            at = (step * parts + part) * rows * length
+            row = torch.from_numpy(tokens[at : at + rows * length + 1])
+            hidden = body(embed(row[:-1].view(rows, length)) + place.weight, mask=causal, is_causal=True)
+            (F.cross_entropy(head(hidden).view(-1, corpus.vocab_size), row[1:]) / parts).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return 24 * cfg.data.batch_tokens / (time.perf_counter() - begin)
 
 
 BENCHES: dict[str, Callable[[], dict]] = {
