@@ -33,7 +33,7 @@ from data.cli import InputError
 FIRST_ROW = {"name", "steps", "config", "identity", "order", "val_tokens"}
 # How an order was made, measure and schedule apart: an arm and its controls agree in these. What a run did not record
 # is None in both.
-MAKING = ("bins", "multiset", "axis", "hold_extremes", "epochs", "budget_tokens", "subset_seed")
+MAKING = ("bins", "layout", "multiset", "epochs")
 
 
 @dataclass(frozen=True)
@@ -404,6 +404,8 @@ def as_compared(arms: Arms, target: float | None = None, scoring_tokens: float =
             controls["placebo"] = control_of(name, of, first.measure, f"placebo(schedule={first.schedule})")
             controls["length"] = control_of(name, of, "length", first.schedule)
         order_alone = all(map(ends_with_its_order, members)) and (not base or same_tokens(members, of[base]))
+        if order_alone:  # and so must be what it is tested against
+            controls = {kind: o if o and same_tokens(members, of[o]) else "" for kind, o in controls.items()}
         reached = {
             over: [compare.first_reached(*run.curve("val_nats", over), target) for run in members] if target else []
             for over in ("tokens", "step")

@@ -354,7 +354,7 @@ def test_controls_are_known_by_their_orders_and_not_by_their_names(runs):
         "f": dict(schedule="placebo(schedule=fold(K=5))", bins=8),
         "g": dict(schedule="placebo(schedule=fold(K=5))", measure="nll", bins=8),
         "h": dict(schedule="fold(K=5)", bins=8),
-        "i": dict(schedule="placebo(schedule=fold(K=5))", measure="nll", axis="time"),
+        "i": dict(schedule="placebo(schedule=fold(K=5))", measure="nll", multiset="reweight"),
     }
     for name, making in arms.items():
         runs(name, name=name, order=name, final=3.0, making=making)
@@ -364,6 +364,14 @@ def test_controls_are_known_by_their_orders_and_not_by_their_names(runs):
         "d": ("", "c"),
         "h": ("f", ""),
     }
+
+
+def test_a_control_of_other_tokens_is_none(runs):
+    runs("random", name="random", order="r", final=3.0)
+    for name, schedule in (("a", "fold(K=5)"), ("b", "placebo(schedule=fold(K=5))")):
+        multiset = "all" if name == "a" else "others"
+        runs(name, name=name, order=name, final=3.0, making=dict(schedule=schedule), multiset=multiset)
+    assert compared(runs)["a"].placebo == ""
 
 
 def test_a_control_of_other_settings_is_none(runs):
