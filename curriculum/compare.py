@@ -209,7 +209,7 @@ def describe(name: str, arm: Arm, arms: Mapping[str, Arm]) -> Row:
 
 def set_against(value_U: np.ndarray, other_U: np.ndarray, name: str) -> Against:
     """Welch's test: is `value_U` lower? `scipy.stats.ttest_ind` is the oracle in the tests; from its parts p and the
-    two-sided interval cost a tenth of its 2 ms, and simulated sweeps take seconds."""
+    two-sided interval cost 80 us and not 1.4 ms, and simulated sweeps take seconds."""
     from scipy.special import stdtr
 
     difference = float(value_U.mean() - other_U.mean())
