@@ -117,7 +117,8 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
         tokens=train.num_tokens,
     )
     if order is not None:
-        about |= {key: order.manifest[key] for key in ("measure", "schedule", "bins", "seed", "num_segments")}
+        keys = ("measure", "schedule", "bins", "layout", "multiset", "epochs", "seed", "num_segments")
+        about |= {key: order.manifest[key] for key in keys if key in order.manifest}
     val_tokens = min(data.val_tokens, val.num_tokens)
     return Work(train, val, stock(val_corpus, other), val_tokens, bin_N, corpus, unit, steps, identity, about)
 
