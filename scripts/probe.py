@@ -166,8 +166,6 @@ def lay_out(out: Path, scores: Path, measure: str, bins: int, parent: Parent) ->
 
 def branch_off(out: Path, point: Point, parent: Parent, layout: Layout, tokens: int, seeds: int) -> list[Run]:
     """The branches of a checkpoint, by arm and seed: configs and orders are written where they are missing."""
-    from curriculum import order
-
     cfg = branch_config(parent.cfg, point, tokens)
     wanted = cfg.run.steps * cfg.data.batch_tokens
     config = out / "configs" / f"step{point.step}.toml"
@@ -177,16 +175,24 @@ def branch_off(out: Path, point: Point, parent: Parent, layout: Layout, tokens: 
     for (arm, seed), ids in pieces.items():
         name = f"step{point.step}-{arm}"
         path = out / "orders" / f"{name}-{seed}.npy"
-        about = dict(schedule=f"probe({arm})", multiset="probe", seed=seed, budget_tokens=wanted, num_segments=len(ids))
-        about["num_tokens"] = int(layout.length_N[ids].sum())
+        about = dict(schedule=f"probe({arm})", multiset="probe", seed=seed, budget_tokens=wanted)
         if not path.with_suffix(".json").exists():
-            path.parent.mkdir(exist_ok=True)
-            shutil.copyfile(order.val_path(layout.path), order.val_path(path))
-            hashes = ("version", "order_sha256", "multiset_sha256", "recipe")
-            order.save_order(path, ids, {k: v for k, v in layout.manifest.items() if k not in hashes} | about)
+            write_order(path, ids, layout, about)
         described = Arm(name, layout.manifest["measure"], about["schedule"], layout.manifest["bins"])
         found.append(Run(described, path, config, seed, out / name / f"seed{seed}"))
     return found
+
+
+def write_order(path: Path, ids: np.ndarray, layout: Layout, about: dict) -> None:
+    """An order of these segments with the layout's bins, its manifest last."""
+    from curriculum import order
+
+    path.parent.mkdir(exist_ok=True)
+    shutil.copyfile(order.val_path(layout.path), order.val_path(path))
+    hashes = ("version", "order_sha256", "multiset_sha256", "recipe")
+    manifest = {key: value for key, value in layout.manifest.items() if key not in hashes} | about
+    manifest |= dict(num_segments=len(ids), num_tokens=int(layout.length_N[ids].sum()))
+    order.save_order(path, ids, manifest)
 
 
 def branch_config(cfg: Config, point: Point, tokens: int) -> Config:
