@@ -13,7 +13,7 @@ A run folder holds config.json, metrics.jsonl (the only source of truth: one JSO
 point) and step<k>.pt (kept). The same command continues an unfinished run, exactly, with any number of processes.
 
 Shapes: T tokens of one flat row   D model_dim   H heads   E head_dim   V vocabulary   L longest document
-        M matrices of R rows and C columns   K tokens ahead   N rows of a block
+        M matrices of R rows and C columns   K tokens ahead
 """
 
 import sys
@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curriculum import runs
+from curriculum.fused import HeadLoss, compiled, linear, norm, relu_squared
 from curriculum.loader import Batch, Counters, Packed, Plan, Stream, most_documents, planned, prefetched
-from curriculum.moments import softcapped
 from curriculum.runs import Work, prepare
 from curriculum.runs import load_checkpoint as load_checkpoint  # curriculum.reference asks here
 from curriculum.world import Bundle, PairwiseSum, World
@@ -140,35 +140,20 @@ def before(x_T: Tensor, docs: Documents) -> Tensor:
 
 
 def rotary(position_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, 1, E/2). Half of the pairs do not turn at all: they carry what needs no position."""
+    """Cosines and signed sines (T, 1, 1, E). Half of the pairs do not turn: they carry what needs no position."""
     frequency = base ** -torch.linspace(0, 1, head_dim // 4, device=position_T.device)
-    frequency = torch.cat([frequency, torch.zeros_like(frequency)])
-    angle = position_T[:, None].float() * frequency
-    return angle.cos()[:, None], angle.sin()[:, None]
+    angle = position_T[:, None].float() * torch.cat([frequency, torch.zeros_like(frequency)])
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], 1)[:, None, None], torch.cat([sin, -sin], 1)[:, None, None]
 
 
-def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x_THE.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_THE)
+def rotate(x_T2HE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries and keys at once; a pair is a number of the first half of a head and one of the second."""
+    return (x_T2HE * cos + x_T2HE.roll(x_T2HE.shape[-1] // 2, -1) * sin).type_as(x_T2HE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
-
-
-@cache
-def compiled(function):
-    """For CUDA; on a CPU it gains 1.1 to 1.5 times and costs 10 s at every start."""
-    return torch.compile(function, dynamic=False)
-
-
-def norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], None if gain is None else gain.type_as(x))
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Weights are kept in fp32 and used in the type of the activations: fp32 on CPU, bf16 on CUDA."""
-    return F.linear(x, weight.type_as(x), None if bias is None else bias.type_as(x))
 
 
 def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
@@ -204,7 +189,6 @@ class Block(nn.Module):
         if value_embed_TD is not None:  # value embeddings (#14: 1750 -> 1530 steps)
             mix = self.value_mix.type_as(v)
             v = mix[0] * v + mix[1] * value_embed_TD.view_as(v)
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if self.offsets_keys:  # partial key offset (#49: -2.3 % steps): one layer can find what followed a token
             turns_1, stays_1, turns_2, stays_2 = k.chunk(4, dim=-1)
             stays_1, stays_2 = before(torch.stack([stays_1, stays_2], 1), docs).unbind(1)
@@ -213,7 +197,7 @@ class Block(nn.Module):
         if self.attn_gate is not None:  # a head can keep silent (#28: -55 steps, at a dearer step)
             y_THE = y_THE * (2 * torch.sigmoid(linear(y_TD[:, :GATE_DIM], self.attn_gate)))[..., None]
         x_TD = x_TD + linear(y_THE.flatten(1), self.attn_proj, self.attn_proj_bias)
-        y_TF = F.relu(linear(norm(x_TD, self.mlp_gain), self.mlp_up, self.mlp_up_bias)).square()
+        y_TF = relu_squared(linear(norm(x_TD, self.mlp_gain), self.mlp_up, self.mlp_up_bias))
         return x_TD + linear(y_TF, self.mlp_proj, self.mlp_proj_bias)
 
 
@@ -314,70 +298,6 @@ class GPT(nn.Module):
             reach_N = np.minimum(length_N, block.window + 1) if block.window else length_N
             keys += (reach_N * (reach_N + 1) / 2 + (length_N - reach_N) * reach_N).sum() / length_N.sum()
         return 6 * (products + self.vocab_size * self.cfg.model_dim) + 12 * self.cfg.model_dim * keys
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Head and loss
-
-
-class HeadLoss(torch.autograd.Function):
-    """Head, softcap and cross-entropy, a block of rows at a time, with the gradient made on the way.
-
-    The [T, V] logits are the largest thing in a small model. In blocks they stay in a CPU's cache and are never held
-    whole; the gradient costs no second pass over them. Measured on the demo model: see LOG.md, 2026-11-21.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_TD, head_VD, bias_V, target_KT, weight_K, cap):
-        wants_grad = any(ctx.needs_input_grad)
-        block_rows = 256 if hidden_TD.device.type == "cpu" else 8192
-        nll_T = hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32)
-        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_grad else None
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_grad else None
-        grad_bias_V = torch.zeros_like(bias_V) if wants_grad and bias_V is not None else None
-        block_loss = compiled(block_loss_eager) if hidden_TD.is_cuda else block_loss_eager
-        for at in range(0, len(hidden_TD), block_rows):
-            rows = slice(at, at + block_rows)
-            logits_NV = linear(hidden_TD[rows], head_VD, bias_V)
-            nll_T[rows], grad_NV = block_loss(logits_NV, target_KT[:, rows], weight_K, cap, wants_grad)
-            if wants_grad:
-                grad_hidden_TD[rows] = grad_NV @ head_VD
-                grad_head_VD += grad_NV.T @ hidden_TD[rows]
-                if bias_V is not None:
-                    grad_bias_V += grad_NV.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(grad_hidden_TD, grad_head_VD, grad_bias_V)
-        return nll_T
-
-    @staticmethod
-    def backward(ctx, grad_T):
-        # Every token weighs the same: the trainer's loss is a sum over tokens times a scalar.
-        grads = [None if grad is None else grad * grad_T[0].type_as(grad) for grad in ctx.saved_tensors]
-        return *grads, None, None, None
-
-
-def block_loss_eager(
-    logits_NV: Tensor, target_KN: Tensor, weight_K: Tensor, cap: float, wants_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy of the next token of N rows (fp32), and the gradient of the weighted losses of all K tokens ahead
-    with respect to the uncapped logits, in their type.
-
-    With z = x (1 + x^2/c^2)^-1/2 the slope is dz/dx = (1 - z^2/c^2)^3/2, so nothing but z is needed for it.
-    """
-    z_NV = softcapped(logits_NV.float(), cap)
-    lse_N = z_NV.logsumexp(1)
-    index_NK = target_KN.T.clamp(min=0)
-    nll_N = (lse_N - z_NV.gather(1, index_NK[:, :1])[:, 0]) * (target_KN[0] >= 0)
-    if not wants_grad:
-        return nll_N, None
-    weight_NK = weight_K * (target_KN.T >= 0)
-    grad_NV = (z_NV - lse_N[:, None]).exp_()
-    if len(weight_K) > 1 or logits_NV.is_cuda:  # else all weights are 1: rows are padded on CUDA only
-        grad_NV *= weight_NK.sum(1, keepdim=True)
-    grad_NV.scatter_add_(1, index_NK, -weight_NK)
-    if cap:
-        slope_NV = 1 - (z_NV / cap) ** 2
-        grad_NV *= slope_NV * slope_NV.sqrt()
-    return nll_N, grad_NV.type_as(logits_NV)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ MAY_IMPORT = {
     "train_gpt.py": {"curriculum", "data"},
 }
 # The trainer reads an order; it knows nothing of scores, measures or schedules.
-TRAINER_MAY_IMPORT = {f"curriculum.{name}" for name in ("ablate", "config", "loader", "moments", "runs", "world")}
+TRAINER_MAY_IMPORT = {f"curriculum.{name}" for name in ("ablate", "config", "fused", "loader", "runs", "world")}
 # The one exception: a checkpoint is run by the code that trained it, imported when a model is opened.
 OPENS_CHECKPOINTS = "curriculum/reference.py"
 
-TORCH_AT_THE_TOP = {"train_gpt.py", *(f"curriculum/{name}.py" for name in ("moments", "reference", "world"))}
+TORCH_AT_THE_TOP = {"train_gpt.py", *(f"curriculum/{name}.py" for name in ("fused", "moments", "reference", "world"))}
 HEAVY = {
     "datasets",
     "huggingface_hub",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from curriculum import ablate
+from curriculum import ablate, fused
 from curriculum.config import Config, Optim, validate
 from curriculum.loader import Packed, planned
 from curriculum.moments import softcapped
@@ -175,7 +175,20 @@ def test_key_offset_is_that_of_the_token_before_within_a_document():
     assert train_gpt.before(torch.arange(10).view(5, 2), docs).tolist() == [[0, 1], [0, 1], [4, 5], [4, 5], [6, 7]]
 
 
-@pytest.mark.parametrize("cap", [0.0, 15.0])
+@pytest.mark.parametrize("function", [fused.norm, fused.relu_squared])
+def test_gradients_made_by_hand_are_those_of_autograd(function):
+    plain = {fused.norm: lambda x: F.rms_norm(x, x.shape[-1:]), fused.relu_squared: lambda x: x.relu() ** 2}[function]
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 5, 3, 32, dtype=torch.float64)
+    x = x[:, :2].requires_grad_()  # strided, as queries and keys are
+    expected = plain(x)
+    found = function(x)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(y, x, grad[:, :2]) for y in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("cap", [0.0, 15.0, 80.0])
 def test_head_loss_and_gradient_equal_autograd(cap):
     torch.manual_seed(0)
     hidden = torch.randn(700, 16, requires_grad=True)  # more than one block of rows
@@ -757,7 +770,7 @@ def test_divergence_is_a_sentence_and_leaves_a_good_checkpoint(tiny_corpus, tmp_
 
 
 def test_a_loss_worse_than_guessing_is_divergence(tiny_corpus, tmp_path, monkeypatch):
-    loss = train_gpt.block_loss_eager
+    loss = fused.block_loss
     steps = []
 
     def worse(*args):
@@ -765,7 +778,7 @@ def test_a_loss_worse_than_guessing_is_divergence(tiny_corpus, tmp_path, monkeyp
         nll, grad = loss(*args)
         return nll + 3 * (len(steps) > 30), grad
 
-    monkeypatch.setattr(train_gpt, "block_loss_eager", worse)
+    monkeypatch.setattr(fused, "block_loss", worse)
     assert "the loss is 7.8" in refusal(tiny_config(tiny_corpus, tmp_path / "run", steps=20))
 
 
