@@ -227,6 +227,12 @@ def test_without_a_c_compiler_eager_takes_over(monkeypatch, capsys):
         moments._library.cache_clear()
 
 
+@pytest.mark.skipif(which("cc") is None, reason="no C compiler")
+def test_the_native_library_leaves_the_processors_modes_alone():
+    """A library linked with -ffast-math flushes subnormal numbers to zero for the whole process that loads it."""
+    assert moments._library() and 5e-324 * np.float64(1) > 0 and np.float64(1e-310) / 2 > 0
+
+
 def test_where_compiling_is_impossible_eager_takes_over(monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("no C++ compiler\nmore of it")
