@@ -183,9 +183,9 @@ class Block(nn.Module):
         if self.x0_mix is not None:  # x0 mixing (#9, with value residuals and softcap: 4578 -> 3200 steps)
             x_TD = self.x0_mix[0].type_as(x_TD) * x_TD + self.x0_mix[1].type_as(x_TD) * x0_TD
         y_TD = norm(x_TD, self.attn_gain)
-        q, k, v = (
-            linear(y_TD, self.qkv.flatten(0, 1), self.qkv_bias).view(len(x_TD), 3, -1, self.cfg.head_dim).unbind(1)
-        )
+        qkv = linear(y_TD, self.qkv.flatten(0, 1), self.qkv_bias).view(len(x_TD), 3, -1, self.cfg.head_dim)
+        qk, v = qkv.split((2, 1), dim=1)
+        (q, k), v = rotate(norm(qk), cos, sin).unbind(1), v.squeeze(1)
         if value_embed_TD is not None:  # value embeddings (#14: 1750 -> 1530 steps)
             mix = self.value_mix.type_as(v)
             v = mix[0] * v + mix[1] * value_embed_TD.view_as(v)

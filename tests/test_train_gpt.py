@@ -153,6 +153,88 @@ def test_nothing_leaks_from_the_future_or_from_other_documents(features):
         assert set(moved.nonzero()[:, 0].tolist()) == set(may_change)
 
 
+def plain_hidden(model: train_gpt.GPT, tokens, bounds) -> torch.Tensor:
+    """The whole model again, one document and one head at a time, with every technique as its definition says."""
+    w = {name: values.detach().double() for name, values in model.named_parameters()}
+    cfg, layers = model.cfg, model.cfg.num_layers
+    half, quarter = cfg.head_dim // 2, cfg.head_dim // 4
+
+    def norm(x, gain=None):
+        y = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+        return y if gain is None else y * w[gain]
+
+    def affine(x, name, bias):
+        return x @ w[name].T + w.get(bias, 0)
+
+    outs = []
+    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+        x = w["embed"][tokens[a:b]]
+        if cfg.smear:
+            gate = w["smear_mix"] * torch.sigmoid(x[1:, :12] @ w["smear_gate"].T)
+            x = torch.cat([x[:1], x[1:] + gate * x[:-1]])
+        x = x0 = norm(x, "embed_gain" if cfg.gains else None)
+        kept = []
+        for layer in range(layers):
+            at = f"blocks.{layer}."
+            if cfg.skip and layer == (layers + 1) // 2:
+                x = x + w["skip_mix"] * kept[(layers - 1) // 4]
+            if cfg.x0_mix:
+                x = w[at + "x0_mix"][0] * x + w[at + "x0_mix"][1] * x0
+            y = norm(x, at + "attn_gain" if cfg.gains else None)
+            bias = w.get(at + "qkv_bias", torch.zeros(3 * cfg.model_dim)).view(3, -1)
+            q, k, v = (y @ w[at + "qkv"][i].T + bias[i] for i in range(3))
+            n = cfg.num_value_embeds
+            table = layer if layer < n else layer - layers + n if layer >= layers - n else None
+            if table is not None:
+                mix = w[at + "value_mix"]
+                v = mix[0] * v + mix[1] * w[f"value_embeds.{table}"][tokens[a:b]]
+            is_long = layer == layers - 1 or cfg.window_pattern[layer % len(cfg.window_pattern)] == "L"
+            window = cfg.window if is_long else cfg.short_window or cfg.window
+            position = torch.arange(b - a)
+            angle = position[:, None] * cfg.rope_base ** -torch.linspace(0, 1, quarter).double()
+            heads = []
+            for h in range(cfg.model_dim // cfg.head_dim):
+                columns = slice(h * cfg.head_dim, (h + 1) * cfg.head_dim)
+                turned = []
+                for part in (q, k):
+                    part = norm(part[:, columns]).clone()
+                    one, two = part[:, :quarter].clone(), part[:, half : half + quarter].clone()
+                    part[:, :quarter] = one * angle.cos() + two * angle.sin()
+                    part[:, half : half + quarter] = two * angle.cos() - one * angle.sin()
+                    turned.append(part)
+                if cfg.key_offset and is_long:
+                    for stays in (slice(quarter, half), slice(half + quarter, None)):
+                        turned[1][1:, stays] = turned[1][:-1, stays].clone()
+                scores = turned[0] @ turned[1].T * cfg.attention_scale
+                back = position[:, None] - position
+                scores = scores.masked_fill((back < 0) | (back > (window or b)), -torch.inf)
+                out = scores.softmax(1) @ v[:, columns]
+                if cfg.attention_gate:
+                    out = out * 2 * torch.sigmoid(y[:, :12] @ w[at + "attn_gate"][h])[:, None]
+                heads.append(out)
+            x = x + affine(torch.cat(heads, 1), at + "attn_proj", at + "attn_proj_bias")
+            y = norm(x, at + "mlp_gain" if cfg.gains else None)
+            y = affine(y, at + "mlp_up", at + "mlp_up_bias").clamp(min=0) ** 2
+            x = x + affine(y, at + "mlp_proj", at + "mlp_proj_bias")
+            kept.append(x)
+        if cfg.backout:
+            x = x - w["backout_mix"] * kept[2 * layers // 3]
+        outs.append(norm(x, "final_gain" if cfg.gains else None))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_model_is_what_its_techniques_say(features):
+    model = tiny_model(features)
+    torch.manual_seed(1)
+    for values in model.parameters():  # gains and mixes off their first values, each another
+        values.data += 0.1 * torch.randn_like(values)
+    bounds = np.array([0, 1, 50, 64, 120])
+    tokens = torch.randint(50, (120,))
+    found = model.hidden(tokens, train_gpt.documents(bounds, 64, CPU))
+    torch.testing.assert_close(found.double(), plain_hidden(model, tokens, bounds), rtol=1e-4, atol=1e-4)
+
+
 def test_windows_limit_what_a_token_sees():
     """4 layers: 3 short windows of 3 tokens, one long one of 5: nothing from more than 14 tokens back; and half of it
     in the first half of the run. (The long layer takes half of each key from the token before: one more.)"""
