@@ -25,6 +25,8 @@ from data.cli import InputError
 
 CPU = torch.device("cpu")
 ONE = train_gpt.World()
+ONE.device = CPU  # what is promised to the bit is promised there
+ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).parents[1]
 TINY = dict(
     run=dict(name="tiny", checkpoint_seconds=1e-9, log_every=1),
@@ -99,6 +101,13 @@ def same_weights(a: Path, b: Path) -> bool:
     return states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def same_losses(a: Path, b: Path) -> bool:
+    """Within 1e-5 at every step: processes add up what is logged in another order (what is learned from, in the same)."""
+    rows = list(zip(rows_of(a), rows_of(b), strict=True))
+    keys = ("step", "tokens", "train_nats", "val_nats")
+    return all(x.get(key) == pytest.approx(y.get(key), abs=1e-5) for x, y in rows for key in keys)
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +148,18 @@ def test_attention_on_cuda_equals_cpu(window):
     cuda = torch.device("cuda")
     found = train_gpt.attend(q.to(cuda), k.to(cuda), v.to(cuda), train_gpt.documents(bounds, 200, cuda), 0.12, window)
     torch.testing.assert_close(found.float().cpu(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("features", ["anchor", "speed", "all"])
+def test_a_run_on_cuda_follows_one_on_a_cpu(tiny_corpus, tmp_path, features):
+    """bf16 against fp32, rows filled up, everything compiled: the same losses within what bf16 costs."""
+    for place, world in (("cpu", ONE), ("cuda", train_gpt.World())):
+        train_gpt.train(tiny_config(tiny_corpus, tmp_path / place, features, steps=8), world)
+    for ours, theirs in zip(rows_of(tmp_path / "cuda"), rows_of(tmp_path / "cpu"), strict=True):
+        for key in ("train_nats", "val_nats", "rows_nats"):
+            assert ours.get(key) == pytest.approx(theirs.get(key), abs=0.05)
 
 
 @pytest.mark.parametrize("features", FEATURES)
@@ -512,11 +533,12 @@ def test_a_run_learns_and_uses_every_token_once(tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize("features", ["demo", "anchor", "all"])
 def test_stopping_and_continuing_equals_never_stopping(tiny_corpus, tmp_path, features):
+    steps = 5 if features == "all" else 8  # of up to twice as many tokens
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    train_gpt.train(tiny_config(tiny_corpus, straight, features, steps=10), ONE)
+    train_gpt.train(tiny_config(tiny_corpus, straight, features, steps=steps), ONE)
     stops = 0
     while not train_gpt.train(
-        tiny_config(tiny_corpus, broken, features, steps=10, max_seconds=1e-9), ONE
+        tiny_config(tiny_corpus, broken, features, steps=steps, max_seconds=1e-9), ONE
     ):  # each process stops after its first step
         stops += 1
     assert rows_of(broken) == rows_of(straight)
@@ -533,23 +555,6 @@ def command(cfg: Config, folder: Path, *launcher: str) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / "train_gpt.py"), str(toml)]
 
 
-def test_killed_mid_run_continues_with_identical_losses(tiny_corpus, tmp_path):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    train_gpt.train(tiny_config(tiny_corpus, straight), ONE)
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    line = command(tiny_config(tiny_corpus, killed), tmp_path)
-    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    metrics = killed / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 6):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert rows_of(killed) != rows_of(straight)
-    subprocess.run(line, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert rows_of(killed) == rows_of(straight)
-    assert same_weights(killed, straight)
-
-
 def test_four_processes_agree_with_one_to_the_bit(tiny_corpus, tmp_path):
     """With every feature; and one goes on where the others stopped. Losses within 1e-5, and in fact the same bits."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
@@ -561,10 +566,8 @@ def test_four_processes_agree_with_one_to_the_bit(tiny_corpus, tmp_path):
         cfg = tiny_config(tiny_corpus, shared, "all", steps=11, save_at=(0.6,))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
         line = command(cfg, tmp_path, *launcher)
-        subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for mine, theirs in zip(rows_of(alone), rows_of(shared), strict=True):
-            for key in ("train_nats", "val_nats"):
-                assert mine.get(key) == pytest.approx(theirs.get(key), abs=1e-5)
+        subprocess.run(line, cwd=ROOT, check=True, capture_output=True, env=ALONE | {"OMP_NUM_THREADS": "1"})
+        assert same_losses(alone, shared)
         assert same_weights(alone, shared)
         middle = next(shared.glob("step*.pt"))
         for path in (shared / "last.pt", shared / "last-1.pt"):
@@ -720,8 +723,8 @@ def test_a_logger_that_is_not_installed_is_a_sentence(tiny_corpus, tmp_path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lost_process_ends_the_run_with_a_sentence_and_others_go_on(tiny_corpus, tmp_path):
-    """Two processes, one killed; then one alone finishes what they began, as if nothing had happened."""
+def test_a_killed_process_ends_the_others_with_a_sentence_and_the_run_goes_on(tiny_corpus, tmp_path):
+    """Of two, the one that writes is killed (-9). One process alone then finishes, as if nothing had happened."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -733,21 +736,22 @@ def test_a_lost_process_ends_the_run_with_a_sentence_and_others_go_on(tiny_corpu
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         where = dict(OMP_NUM_THREADS="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        processes = [
-            subprocess.Popen(
-                line, cwd=ROOT, env=os.environ | where | {"RANK": str(rank)}, stdout=-3, stderr=-1, text=True
-            )
+        first, other = (
+            subprocess.Popen(line, cwd=ROOT, env=ALONE | where | {"RANK": str(rank)}, stdout=-3, stderr=-1, text=True)
             for rank in range(2)
-        ]
-        while processes[0].poll() is None and not (broken / "last-1.pt").exists():
+        )
+        metrics = broken / "metrics.jsonl"
+        while first.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) < 6):
             time.sleep(0.005)
-        processes[1].send_signal(signal.SIGKILL)
-        _, said = processes[0].communicate(timeout=60)
-        assert processes[0].returncode == 2
+        first.send_signal(signal.SIGKILL)
+        _, said = other.communicate(timeout=60)
+        first.communicate()
+        assert first.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+        assert other.returncode == 2
         assert "error: another process of this run was lost" in said and "Traceback" not in said
-        processes[1].communicate()
+        assert len(rows_of(broken)) < len(rows_of(straight))
         train_gpt.train(cfg, ONE)
-        assert rows_of(broken) == rows_of(straight)
+        assert same_losses(broken, straight)
         assert same_weights(broken, straight)
     finally:
         torch.set_num_threads(threads)
