@@ -102,7 +102,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def same_losses(a: Path, b: Path) -> bool:
-    """Within 1e-5 at every step: processes add up what is logged in another order (what is learned from, in the same)."""
+    """Within 1e-5 at every step: processes add up what is logged, not what is learned from, in another order."""
     rows = list(zip(rows_of(a), rows_of(b), strict=True))
     keys = ("step", "tokens", "train_nats", "val_nats")
     return all(x.get(key) == pytest.approx(y.get(key), abs=1e-5) for x, y in rows for key in keys)
