@@ -128,6 +128,7 @@ def open_checkpoint(name: str, corpus: Corpus, max_len: int, device: torch.devic
         head_VD=model.head.detach().to(compute),
         vocab_size=saved["vocab_size"],
         device=device,
+        bias_V=None if model.head_bias is None else model.head_bias.detach(),
         cap=cfg.model.softcap,
     )
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import train_gpt
-from curriculum import score
+from curriculum import reference, score
 from curriculum.measures import MODEL_MEASURES, TEXT_MEASURES
 from curriculum.reference import open_reference
 from data.cli import InputError
 from data.segments import corpus_segments
 from data.shards import open_corpus, read_shard
-from tests.test_train_gpt import tiny_config
+from tests.test_train_gpt import tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +108,24 @@ def test_packed_scores_equal_one_by_one(tiny_corpus, reference_run, scores):
         for name, value in expected.items():
             # The gap and z are differences of nearly equal numbers: absolute error, of the size of nll's own.
             np.testing.assert_allclose(table.columns[name][i], value, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("features", ["anchor", "speed", "all"])
+def test_a_checkpoint_scores_what_its_trainer_would_validate(tiny_corpus, tmp_path, monkeypatch, features):
+    """With every technique: biases, windows, smear, ...; also where a CPU reads a row in pieces."""
+    corpus = open_corpus(tiny_corpus)
+    model, cfg = tiny_model(features, corpus.vocab_size), tiny_config(tiny_corpus, tmp_path, features)
+    state = dict(model=model.state_dict(), vocab_size=corpus.vocab_size, config=cfg.model_dump(mode="json"), step=1)
+    torch.save(state, tmp_path / "step1.pt")
+    monkeypatch.setattr(reference, "CPU_PIECE", 64)
+    opened = open_reference(str(tmp_path / "step1.pt"), corpus, 64, device="cpu")
+    bounds = np.array([0, 3, 60, 124, 130], np.int32)
+    tokens = np.random.default_rng(0).integers(0, 257, 131)
+    found = opened.moments(tokens[:-1], tokens[1:], bounds)
+    docs = train_gpt.documents(bounds, 64, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens[:-1]), torch.tensor(tokens[1:]), docs)
+    torch.testing.assert_close(found.nll_N, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_learnability_is_what_later_training_gained(tiny_corpus, reference_run, scores, tmp_path):
