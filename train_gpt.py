@@ -1,5 +1,5 @@
-"""Train a GPT on an order of data. One file, top to bottom: attention, model, head, optimizers, processes, evaluation,
-training. It reads an order of segments; it knows nothing of entropy.
+"""Train a GPT on an order of data. One file, top to bottom: attention, model, optimizers, evaluation, training. It reads
+an order of segments; it knows nothing of entropy.
 
     python train_gpt.py configs/demo.toml --data.order orders/random-0.npy
     torchrun --nproc_per_node=8 train_gpt.py configs/speed.toml --run.seed 1
@@ -10,7 +10,8 @@ own. Each is a few lines at one place, with the record it came from (#n) and wha
 configs/ holds the presets, curriculum/config.py says what each does.
 
 A run folder holds config.json, metrics.jsonl (the only source of truth: one JSON object a line), last.pt (resume
-point) and step<k>.pt (kept). The same command continues an unfinished run, exactly, with any number of processes.
+point), step<k>.pt (kept) and drawn/ (what was drawn from an adaptive order, whose bins are weighed anew after every
+validation). The same command continues an unfinished run, exactly, with any number of processes.
 
 Shapes: T tokens of one flat row   D model_dim   H heads   E head_dim   V vocabulary   L longest document
         M matrices of R rows and C columns   K tokens ahead
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curriculum import runs
+from curriculum.adaptive import Course
 from curriculum.fused import HeadLoss, compiled, linear, norm, relu_squared
 from curriculum.loader import Batch, Counters, Packed, Plan, Stream, most_documents, planned, prefetched
 from curriculum.runs import Work, prepare
@@ -302,7 +304,6 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizers: Muon for the hidden matrices (#3: 31.4 -> 24.9 min), AdamW for everything else, both shared out (#6)
-
 
 # Polynomials a x + b x^3 + c x^5, one for each iteration, the last one repeated; and what a matrix is divided by before
 # it, over its Frobenius norm. Jordan et al. (2024) drive singular values to 0.7 .. 1.2 in 5 iterations; the simple one
@@ -638,6 +639,8 @@ def make_trainer(cfg: Config, work: Work, world: World) -> Trainer:
     row_tokens, whole = cfg.data.micro_batch_tokens, work.plan
     steps = dict(steps=work.steps, max_len=whole.max_len_S)
     most = most_documents(work.train, np.diff(whole.begin_S), whole.parts_S, **steps)
+    if work.pool:
+        most = max(most, work.pool.most_documents())
     for stream in (work.val, work.other_val):
         most = max(most, int(np.diff(packed_rows(stream.segments.length_N, row_tokens)).max()))
     filler = -(-row_tokens // int(whole.max_len_S.min()))
@@ -698,11 +701,12 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
     say = print if world.leads else (lambda *_, **__: None)
     model.init_weights(cfg.run.seed)
     optimizers.reset()
-    step, time_s, log_size, target = 0, 0.0, 0, None
+    step, time_s, log_size, target, history = 0, 0.0, 0, None, None
     if saved := runs.newest_resume_point(folder, world.leads, say):
         optimizers.load_weights(saved)
         optimizers.load_state_dict(saved["optimizer"])
         step, time_s, log_size, target = saved["step"], saved["time_s"], saved["log_size"], saved.get("target")
+        history = saved.get("history")
         say(f"{folder}: continuing at step {step} of {work.steps}")
     mirrors = runs.open_mirrors(cfg, work, folder) if world.leads else []
     log = runs.Log(folder / "metrics.jsonl", log_size, world.leads, mirrors)
@@ -710,6 +714,9 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
     if step == 0:
         numbers = dict(parameters=sum(p.numel() for p in model.parameters()), flops_per_token=flops, peak_flops=peak)
         log.write(runs.about_run(cfg, work, world.device, world.size, **numbers))
+    course = Course(work.pool, folder if world.leads else None, history) if work.pool else None
+    if course and not history:
+        log.write(dict(step=0, tokens=0, time_s=0.0, **course.decide(0, None)))
     tokens = int(work.plan.begin_S[step])
     keep = {max(1, round(fraction * work.steps)) for fraction in cfg.run.save_at}
     last_save, clock, measured_from = time.perf_counter(), world.clock(), step
@@ -722,6 +729,7 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
             time_s=time_s,
             log_size=log.size,
             target=target,
+            history=course and course.history,
             optimizer=optimizers.state_dict(),
             vocab_size=work.corpus.vocab_size,
             config=cfg.model_dump(mode="json"),
@@ -735,9 +743,17 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
                 runs.save_checkpoint(path, state)
             runs.save_resume_point(folder, state, cfg.run.keep_checkpoints)
 
-    source = planned(work.train, work.plan, range(step, work.steps), world.rank, world.size)
-    counters = Counters()
-    for batch in prefetched(placed(source, work.plan, trainer), counters=counters):
+    def batches(first_step: int) -> Iterator[Batch]:
+        """All that are left. With a course, a stretch of them is laid out once the losses before it are known."""
+        stream, stretches = work.train, [range(first_step, work.steps)]
+        if course:
+            stream, stretches = course.stream, course.stretches(first_step)
+        for stretch in stretches:
+            source = planned(stream, work.plan, stretch, world.rank, world.size)
+            yield from prefetched(placed(source, work.plan, trainer), counters=counters)
+
+    counters, validated = Counters(), set(runs.validations(cfg.data, work.steps))
+    for batch in batches(step):
         loss = train_step(cfg, work, trainer, batch)
         step, tokens = step + 1, tokens + batch.num_tokens
         last, kept = step == work.steps, step in keep
@@ -762,14 +778,16 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
                 f"tok/s:{per_second:.0f} {f'mfu:{100 * mfu:.1f}% ' if mfu else ''}"
                 f"eta:{(work.tokens - tokens) / per_second:.0f}s"
             )
-        late = cfg.data.val_every_late if step > 0.9 * work.steps else 0
-        if step % (late or cfg.data.val_every) == 0 or last:  # the clock stands still here
+        if step in validated:  # the clock stands still here
             time_s += world.clock() - clock
             record = validate(trainer, work, last)
             if cfg.run.target_nats and target is None and record["val_nats"] <= cfg.run.target_nats:
                 target = dict(target_tokens=tokens, target_s=round(time_s, 3))
                 log.say(f"{folder}: reached {cfg.run.target_nats} nats after {tokens:,} tokens, {time_s:.1f} s")
             log.write(dict(step=step, tokens=tokens, **record, time_s=round(time_s, 3), **(target or {})))
+            if course and not last:
+                decided = course.decide(step, record["bin_nats"])
+                log.write(dict(step=step, tokens=tokens, time_s=round(time_s, 3), **decided))
             log.say(
                 f"step:{step}/{work.steps} val_loss:{record['val_nats']:.5f} train_time:{1000 * time_s:.0f}ms "
                 f"step_avg:{1000 * time_s / step:.2f}ms"

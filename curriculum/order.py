@@ -18,7 +18,8 @@ not an order of it, and is labelled so.
 
 writes the order (int32 or int64 ids in training order) and, beside it, fold5-0.json: where it came from, hashes that
 tie it to its scores and shards, and what it does (`curriculum.diagnostics`). Where validation shards were scored too,
-also fold5-0.val.npy: the bin of every validation segment, by the same edges, for the per-bin validation loss.
+also fold5-0.val.npy: the bin of every validation segment, by the same edges, for the per-bin validation loss; and with
+the schedule `adaptive` fold5-0.bins.npy: the bin of every entry, for the run that draws from them.
 
     N segments   M entries of an order   S bins   G cells of progress   C rows of the manifest's composition
 
@@ -114,6 +115,8 @@ def main(
     length_N = table.segments.length_N
     values = [evaluate(part, table.columns) for part in measures_of(measure)]
     layout.check(len(values))
+    if plan.adaptive:
+        check_adaptive(scores, layout, multiset)
     if multiset == "exact":
         pool_P = draw_subset(length_N, tokens, subset_seed, epochs)
         if len(pool_P) < len(length_N):  # a copy of everything would cost a large corpus gigabytes
@@ -164,16 +167,40 @@ def main(
         if ties := int(np.count_nonzero(np.diff(built.bins.edges_F) == 0)):
             print(f"note: {ties} bins share their edge with a neighbour ({measure} has ties): by value, as validation")
             print("  segments are binned, such bins cannot be told apart")
+    if plan.adaptive:
+        manifest["adaptive"] = plan.adaptive
+        manifest["entry_bins_sha256"] = hashlib.sha256(built.bin_M.data).hexdigest()
+        with atomic_path(bins_path(out)) as temporary, open(temporary, "wb") as file:
+            np.save(file, built.bin_M)
     save_order(out, ids, manifest)
     shown = load_order(out).manifest
     amount = f"{len(ids):,} segments, {shown['num_tokens']:,} tokens"
     print(f"{out}: {amount}, {plan.text} over {shown['bins']} bins of {measure}")
     print(f"  order {shown['order_sha256'][:12]}  multiset {shown['multiset_sha256'][:12]}", end="")
     print(f"  recipe {shown['recipe']}  largest error of the schedule {built.schedule_error:.1e}")
+    if plan.adaptive:
+        print("  adaptive: a pool to draw from; the file has every bin's stream, interleaved evenly, and train_gpt.py")
+        print("  draws from them as it learns; what it drew, as an order: python -m curriculum.adaptive RUN --out FILE")
     if multiset == "reweight":
         print(f"  selection, not order: {shown['coverage']:.1%} of the corpus's tokens are used, ", end="")
         print(f"{shown['omitted_segments']:,} segments never, {shown['repeated_segments']:,} more than once ", end="")
         print(f"(at most {shown['most_repeats']} times)")
+
+
+def check_adaptive(scores: Path, layout: Layout, multiset: str) -> None:
+    """Raises InputError on what a run cannot draw from as it goes."""
+    if multiset == "reweight":
+        raise InputError(
+            "--multiset reweight: an adaptive run repeats nothing and stops where run.steps says; make the pool exact, "
+            "with --tokens some times those of the run, and it selects"
+        )
+    if layout.hold_extremes or layout.axis != 1:
+        raise InputError(
+            f"--hold-extremes {layout.hold_extremes}, --axis {layout.axis}: not with adaptive, which weighs every bin "
+            "by itself at every moment"
+        )
+    if not any(scores.glob("*_val_*.parquet")):
+        raise InputError(f"{scores}: holds no scores of validation segments, by which adaptive measures progress")
 
 
 def measures_of(text: str) -> list[str]:
@@ -416,6 +443,7 @@ def save_order(path: Path, ids: np.ndarray, manifest: dict) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.save(file, ids)
     recipe_keys = ("measure", "schedule", "bins", "layout", "multiset", "epochs", "budget_tokens", "subset_seed")
+    recipe_keys += ("replay_of",)
     recipe = {key: manifest[key] for key in recipe_keys if key in manifest} | {"scores": manifest["scores"]["id"]}
     hashes = dict(
         version=ORDER_VERSION,
@@ -461,6 +489,11 @@ def load_val_bins(path: Path | str, manifest: dict) -> np.ndarray:
 def val_path(path: Path | str) -> Path:
     """Where the bins of the validation segments lie, for an order file."""
     return Path(path).with_suffix(".val.npy")
+
+
+def bins_path(path: Path | str) -> Path:
+    """Where the bins of an adaptive order's entries lie, for an order file."""
+    return Path(path).with_suffix(".bins.npy")
 
 
 class Sorted(NamedTuple):

@@ -3,8 +3,8 @@
     work = prepare(cfg, print)                   # InputError, in one sentence, before anything is allocated
     folder = claim_folder(cfg, work, leads=True)
 
-A run folder holds config.json, metrics.jsonl (the only source of truth), last.pt and last-1.pt (resume points), and
-step<k>.pt (kept checkpoints).
+A run folder holds config.json, metrics.jsonl (the only source of truth), last.pt and last-1.pt (resume points),
+step<k>.pt (kept checkpoints), and drawn/ (the ids an adaptive run drew).
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from curriculum.adaptive import Pool, open_pool
 from curriculum.config import Config, Data, stage
 from curriculum.loader import Plan, Stream, plan
 from data.cli import InputError
@@ -32,6 +33,7 @@ from data.shards import Corpus, open_corpus
 ROOT = Path(__file__).parents[1]
 TRAINER = (
     "train_gpt.py",
+    "curriculum/adaptive.py",
     "curriculum/config.py",
     "curriculum/loader.py",
     "curriculum/world.py",
@@ -55,6 +57,7 @@ class Work(NamedTuple):
     plan: Plan  # where every step begins in the stream, and how it is cut
     identity: dict  # all that must be equal for a run folder to be continued
     order: dict  # what the log says of the order
+    pool: Pool | None  # what an adaptive run draws from
 
     @property
     def steps(self) -> int:
@@ -99,6 +102,12 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
     # Rows of the public protocol are 1,024 tokens; a model that never saw so many is asked about what it saw.
     other = corpus_segments(val_corpus, data.seq_len if unit == "window" else min(1024, data.seq_len), OTHER[unit])
     val = stock(val_corpus, val_segments)
+    pool = None
+    if order is not None and "adaptive" in order.manifest:
+        validated = validations(data, len(steps.parts_S))
+        held = bin_tokens(val, data.val_tokens, bin_N)
+        pool = open_pool(path, order.manifest, train, steps, validated, held)
+        recipe += f", decided at {len(validated)} validations, the first after step {validated[0]}"
     if data.val_tokens > val.num_tokens:
         say(f"note: only {val.num_tokens:,} validation tokens there, {data.val_tokens:,} asked for: using all")
     identity = dict(
@@ -117,10 +126,12 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
         tokens=train.num_tokens,
     )
     if order is not None:
-        keys = ("measure", "schedule", "bins", "layout", "multiset", "epochs", "seed", "num_segments")
+        keys = ("measure", "schedule", "bins", "layout", "multiset", "epochs", "seed", "num_segments", "adaptive")
         about |= {key: order.manifest[key] for key in keys if key in order.manifest}
+    if pool is not None and used < train.num_tokens:
+        about["multiset_sha256"] = None  # not known before the run's end: of the pool, what it chose
     val_tokens = min(data.val_tokens, val.num_tokens)
-    return Work(train, val, stock(val_corpus, other), val_tokens, bin_N, corpus, unit, steps, identity, about)
+    return Work(train, val, stock(val_corpus, other), val_tokens, bin_N, corpus, unit, steps, identity, about, pool)
 
 
 OTHER = {"document": "window", "window": "document"}
@@ -129,6 +140,28 @@ OTHER = {"document": "window", "window": "document"}
 def stock(corpus: Corpus, segments: Segments) -> Stream:
     """A corpus as it lies in its shards."""
     return Stream(corpus, segments, np.arange(len(segments)))
+
+
+def validations(data: Data, steps: int) -> list[int]:
+    """The steps after which a run is validated.
+
+    >>> validations(Data(val_every=8, val_every_late=1), 22)
+    [8, 16, 20, 21, 22]
+    """
+
+    def due(step: int) -> bool:
+        late = data.val_every_late if step > 0.9 * steps else 0
+        return step % (late or data.val_every) == 0 or step == steps
+
+    return [step for step in range(1, steps + 1) if due(step)]
+
+
+def bin_tokens(val: Stream, val_tokens: int, bin_N: np.ndarray | None) -> np.ndarray:
+    """Of the first `val_tokens` validation tokens, how many lie in each bin; none known without bins."""
+    if bin_N is None:
+        return np.empty(0)
+    inside_N = np.diff(np.minimum(val.end, val_tokens), prepend=0)
+    return np.bincount(bin_N, weights=inside_N)
 
 
 def run_plan(num_tokens: int, steps: int, data: Data) -> Plan:

@@ -45,12 +45,14 @@ class Schedule:
     there the order is that of an honest shuffle, with its chance fluctuations, as in a random baseline.
     `placebo` asks the order to permute the map from segments to bins: same quotas, no meaning.
     `stock` asks it to leave the corpus as it lies, whatever the bins.
+    `adaptive` leaves the weights to the run: the numbers of the rule by which it finds them (curriculum/adaptive.py).
     """
 
     weights: Callable[[np.ndarray, int], np.ndarray]
     iid_spans: tuple[tuple[float, float], ...] = ()
     placebo: bool = False
     stock: bool = False
+    adaptive: dict[str, float] | None = None
     text: str = ""  # the expression with every argument spelled out: equal texts are equal schedules
 
 
@@ -423,6 +425,8 @@ def then(first: Schedule, second: Schedule, tau: float = 0.2) -> Schedule:
         raise InputError("stock leaves a whole corpus as it lies: it cannot be a part of then(...)")
     if first.placebo or second.placebo:
         raise InputError("placebo permutes the bins of a whole run: write placebo(then(...)), not then(placebo(...))")
+    if first.adaptive or second.adaptive:
+        raise InputError("adaptive finds the weights of a whole run as it goes: it cannot be a part of then(...)")
     cut = 1 - tau
 
     def weights(t_T, num_bins):
@@ -471,6 +475,8 @@ def reverse(schedule: Schedule) -> Schedule:
     """
     if schedule.stock:
         raise InputError("stock leaves a corpus as it lies: it has no reverse")
+    if schedule.adaptive:
+        raise InputError("adaptive finds its weights as it goes: there is no reverse before a run, only of its replay")
     spans = tuple((1 - b, 1 - a) for a, b in reversed(schedule.iid_spans))
     return replace(schedule, weights=lambda t_T, num_bins: schedule.weights(1 - t_T, num_bins), iid_spans=spans)
 
@@ -484,6 +490,28 @@ def placebo(schedule: Schedule) -> Schedule:
     if schedule.stock:
         raise InputError("stock leaves a corpus as it lies, whatever the bins: it has no placebo")
     return replace(schedule, placebo=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As the run learns
+
+
+def adaptive(
+    reward: Literal["progress"] = "progress", eta: float = 0.5, share: float = 0.1, floor: float = 0.25
+) -> Schedule:
+    """Left to the run: more of the bins whose validation loss falls fastest; `curriculum/adaptive.py` has the rule.
+
+    eta (0 to 100) is how strongly progress counts, share (0 to 1) how much of it is forgotten at each validation, floor
+    (0 < floor <= 1) the least share of a bin over its share of the tokens. Until something is known: `stratified`.
+
+    >>> adaptive().weights(np.array([0.0, 1.0]), 2), adaptive().adaptive
+    (array([[0.5, 0.5],
+           [0.5, 0.5]]), {'eta': 0.5, 'share': 0.1, 'floor': 0.25})
+    """
+    check_range("eta", eta, 0, 100)
+    check_range("share", share, 0, 1)
+    check_range("floor", floor, 0, 1, open_low=True)
+    return Schedule(uniform, adaptive=dict(eta=eta, share=share, floor=floor))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,7 +591,7 @@ FAMILIES: dict[str, Callable[..., Schedule]] = {
         *(copula, pacing, mid_out, outside_in, tilt),
         *(discrete, sequential, incremental, hybrid),
         *(then, warmup_then_random, random_then_anneal, reverse, placebo),
-        custom,
+        *(adaptive, custom),
     )
 }
 

@@ -35,6 +35,7 @@ GALLERY = {
     "A density that changes its shape": ("copula", "tilt", "pacing", "mid_out", "outside_in"),
     "Levels in stages": ("sequential", "incremental", "hybrid", "discrete([(0.5, [2, 1]), (1, [1, 2])])"),
     "Random for a while": ("warmup_then_random", "random_then_anneal", "then(fold, random)", "reverse(pacing)"),
+    "As the run learns, here before it has begun": ("adaptive",),
 }
 
 

@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "train_gpt.py": {"curriculum", "data"},
 }
 # The trainer reads an order; it knows nothing of scores, measures or schedules.
-TRAINER_MAY_IMPORT = {f"curriculum.{name}" for name in ("ablate", "config", "fused", "loader", "runs", "world")}
+TRAINER_MAY_IMPORT = {
+    f"curriculum.{name}" for name in ("ablate", "adaptive", "config", "fused", "loader", "runs", "world")
+}
 # The one exception: a checkpoint is run by the code that trained it, imported when a model is opened.
 OPENS_CHECKPOINTS = "curriculum/reference.py"
 

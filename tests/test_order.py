@@ -61,6 +61,7 @@ TEXTS = [
     "random_then_anneal(0.3, down)",
     "reverse(warmup_then_random(0.3))",
     "custom('curriculum.schedules:uniform')",
+    "adaptive(progress)",
 ]
 KEEPING = TEXTS  # to their weights; the corpus as it lies does not
 TEXTS = [*TEXTS, "stock"]

@@ -55,6 +55,9 @@ RANGES = {
     "s1": st.floats(0.01, 10),
     "beta0": st.floats(-100, 100),
     "beta1": st.floats(-100, 100),
+    "eta": st.floats(0, 100),
+    "share": st.floats(0, 1),
+    "floor": st.floats(0.01, 1),
     "replay": st.floats(0.01, 1),
     "tau": st.floats(0.05, 0.95),
 }
@@ -71,7 +74,7 @@ def random_stages(draw) -> str:
 def random_expressions(draw, depth: int = 2) -> str:
     """Any family with any arguments in range, any combinator on any of them."""
     inner = random_expressions(depth=depth - 1) if depth else st.sampled_from(["random", "fold(3)", "copula"])
-    name = draw(st.sampled_from(sorted(FAMILIES.keys() - {"stock"})))  # a part of no other schedule
+    name = draw(st.sampled_from(sorted(FAMILIES.keys() - {"stock", "adaptive"})))  # parts of no other
     arguments = {}
     for parameter in inspect.signature(FAMILIES[name]).parameters.values():
         if parameter.annotation is Schedule:
