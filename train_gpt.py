@@ -695,6 +695,17 @@ def train_step(cfg: Config, work: Work, trainer: Trainer, batch: Batch) -> Tenso
     return loss
 
 
+def begin_from(path: str, trainer: Trainer) -> None:
+    """Take weights and optimizer state of a checkpoint; InputError if they are of another model or other optimizers."""
+    saved = runs.load_checkpoint(Path(path))
+    try:
+        trainer.model.load_state_dict(saved.get("trained", saved["model"]))  # not their average, if it holds one
+        trainer.optimizers.load_state_dict(saved["optimizer"])
+    except (KeyError, RuntimeError) as error:
+        what = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"run.init_from {path}: of another model or optimizer than this run's ({what})") from None
+
+
 def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started: float) -> bool:
     """One run, from its beginning or its resume point to its end. False if time was up before."""
     model, optimizers, world = trainer.model, trainer.optimizers, trainer.world
@@ -708,12 +719,16 @@ def train_seed(cfg: Config, work: Work, folder: Path, trainer: Trainer, started:
         step, time_s, log_size, target = saved["step"], saved["time_s"], saved["log_size"], saved.get("target")
         history = saved.get("history")
         say(f"{folder}: continuing at step {step} of {work.steps}")
+    elif cfg.run.init_from:
+        begin_from(cfg.run.init_from, trainer)
     mirrors = runs.open_mirrors(cfg, work, folder) if world.leads else []
     log = runs.Log(folder / "metrics.jsonl", log_size, world.leads, mirrors)
     flops, peak = model.flops_per_token(work.train.segments.length_N), runs.peak_flops(world.device)
     if step == 0:
         numbers = dict(parameters=sum(p.numel() for p in model.parameters()), flops_per_token=flops, peak_flops=peak)
         log.write(runs.about_run(cfg, work, world.device, world.size, **numbers))
+        if cfg.run.init_from:  # what the branch begins at
+            log.write(dict(step=0, tokens=0, **validate(trainer, work, last=False), time_s=0.0))
     course = Course(work.pool, folder if world.leads else None, history) if work.pool else None
     if course and not history:
         log.write(dict(step=0, tokens=0, time_s=0.0, **course.decide(0, None)))

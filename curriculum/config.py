@@ -48,6 +48,9 @@ class Run(Table):
     use every token of the order once, the last step's batch being partial."""
     out_dir: str = ""
     """Run folder; empty means runs/<name>-<digest>/seed<seed>. An unfinished run in it is continued."""
+    init_from: str = ""
+    """Checkpoint whose weights and optimizer state a new run begins with; its steps and schedules begin at 0. The run
+    is validated once before its first step. Empty means fresh weights."""
     max_seconds: Annotated[float, Field(ge=0)] = 0.0
     """Save and stop cleanly at the first logged step after this many seconds in this process; 0 means never."""
     save_at: Annotated[tuple[float, ...], Field(strict=False)] = ()

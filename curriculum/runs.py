@@ -26,7 +26,7 @@ from curriculum.adaptive import Pool, open_pool
 from curriculum.config import Config, Data, stage
 from curriculum.loader import Plan, Stream, plan
 from data.cli import InputError
-from data.files import atomic_path, read_json, write_json
+from data.files import atomic_path, read_json, sha256_file, write_json
 from data.segments import Segments, corpus_segments
 from data.shards import Corpus, open_corpus
 
@@ -110,13 +110,20 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Work:
         recipe += f", decided at {len(validated)} validations, the first after step {validated[0]}"
     if data.val_tokens > val.num_tokens:
         say(f"note: only {val.num_tokens:,} validation tokens there, {data.val_tokens:,} asked for: using all")
+    begins = {}
+    if cfg.run.init_from:
+        if not Path(cfg.run.init_from).is_file():
+            raise InputError(f"run.init_from {cfg.run.init_from}: no such checkpoint")
+        begins = dict(init_sha256=sha256_file(cfg.run.init_from))
     identity = dict(
-        digest=cfg.digest(recipe),
+        # A branch of a run is another arm than a run from scratch, wherever its checkpoint lies.
+        digest=cfg.digest(f"{recipe} from {begins['init_sha256']}" if begins else recipe),
         name=cfg.run.name,
         seed=cfg.run.seed,
         order_sha256=order.manifest["order_sha256"] if order else "stock",
         segments_sha256=segments.digest(),
         val_segments_sha256=val_segments.digest(),
+        **begins,
     )
     multiset_sha256 = hashlib.sha256(np.sort(ids.astype(np.int64)).data).hexdigest()
     about = dict(

@@ -212,6 +212,7 @@ OTHER = {  # a valid other value for every setting that does not take its double
     "seed": 1,
     "steps": 7,
     "out_dir": "elsewhere",
+    "init_from": "elsewhere",
     "max_seconds": 9.0,
     "save_at": (0.5,),
     "order": "orders/other.npy",

@@ -805,6 +805,24 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_begins_from_a_checkpoint_of_its_own_kind_only(tiny_corpus, tmp_path):
+    """Its first row validates what the parent's last one did; another model, or no file, is a sentence."""
+    train_gpt.train(tiny_config(tiny_corpus, tmp_path / "parent", steps=4), ONE)
+    parent = str(tmp_path / "parent" / "last.pt")
+    branch = tiny_config(tiny_corpus, tmp_path / "branch", steps=2, init_from=parent)
+    train_gpt.train(branch, ONE)
+    begun, ended = rows_of(tmp_path / "branch")[0], rows_of(tmp_path / "parent")[-1]
+    assert (begun["step"], begun["val_nats"]) == (0, ended["val_nats"])
+    digests = {
+        json.loads((tmp_path / f / "config.json").read_text())["identity"]["digest"] for f in ("parent", "branch")
+    }
+    assert len(digests) == 2
+    with pytest.raises(InputError, match="run.init_from .* of another model or optimizer"):
+        train_gpt.train(tiny_config(tiny_corpus, tmp_path / "x", "speed", steps=2, init_from=parent), ONE)
+    with pytest.raises(InputError, match="run.init_from nosuch.pt: no such checkpoint"):
+        train_gpt.train(tiny_config(tiny_corpus, tmp_path / "y", steps=2, init_from="nosuch.pt"), ONE)
+
+
 def test_another_runs_folder_is_refused_and_left_alone(tiny_corpus, tmp_path):
     out = tmp_path / "run"
     train_gpt.train(tiny_config(tiny_corpus, out, steps=3), ONE)
