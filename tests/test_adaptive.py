@@ -124,6 +124,14 @@ def test_a_bin_has_what_its_weights_asked_for_within_a_segment(stretch):
         assert streams.owed_S == pytest.approx(asked_S - given_S)
 
 
+def test_chance_decides_what_falls_due_at_the_same_moment():
+    """Segments of one length at even shares: a round of all bins after the other, each in a sequence of its own."""
+    streams = Streams(np.arange(40), np.arange(40) % BINS, np.full(40, 16))
+    rounds = streams.take(np.full(BINS, 1 / BINS), 640, np.random.default_rng(0)).reshape(-1, BINS) % BINS
+    assert np.array_equal(np.sort(rounds), np.tile(np.arange(BINS), (10, 1)))
+    assert len({tuple(one) for one in rounds}) > 3
+
+
 # -- Runs
 
 
