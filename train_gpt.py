@@ -1,5 +1,5 @@
-"""Train a GPT on an order of data. One file, top to bottom: attention, model, optimizers, evaluation, training. It reads
-an order of segments; it knows nothing of entropy.
+"""Train a GPT on an order of data. One file, top to bottom: attention, model, optimizers, evaluation, training. It
+reads an order of segments; it knows nothing of entropy.
 
     python train_gpt.py configs/demo.toml --data.order orders/random-0.npy
     torchrun --nproc_per_node=8 train_gpt.py configs/speed.toml --run.seed 1

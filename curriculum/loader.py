@@ -213,13 +213,13 @@ def open_stream(shards: Path | str, order: Path | str = "", max_len: int = 1024,
 
     An order brings its own `max_len` and `unit`. Raises InputError if it was made for other shards.
     """
-    from curriculum.order import check_segments, load_order
+    from curriculum.order import check_segments, load_static_order
 
     corpus = open_corpus(shards, quiet=True)
     if not order:
         segments = corpus_segments(corpus, max_len, unit)
         return Stream(corpus, segments, np.arange(len(segments)))
-    loaded = load_order(order)
+    loaded = load_static_order(order)
     segments = corpus_segments(corpus, loaded.manifest["max_len"], loaded.manifest["unit"])
     check_segments(loaded, segments, order)
     return Stream(corpus, segments, loaded.ids_N)

@@ -250,7 +250,7 @@ def evaluate(
             at = int(bad[0]) - (num_basis if bad[0] >= num_basis else 0)
             raise InputError(
                 f"{where} is NaN or infinite for {len(bad)} of {len(found)} segments "
-                f"(the first is segment {at}); sort by another measure or give those a value, as fill(zstd_ratio, 1) does"
+                f"(the first is segment {at}); sort by another measure or give them a value, as in fill(zstd_ratio, 1)"
             )
 
     with np.errstate(all="ignore"):

@@ -245,8 +245,8 @@ class _Native(_Eager):
 @cache
 def _library():
     """moments.c compiled for this very processor (0.3 s, once a process), or None where it cannot be."""
-    # The parts of -ffast-math that are wanted. All of it would also link code that flushes subnormal numbers to zero, in
-    # this whole process, from the moment the library is loaded.
+    # The parts of -ffast-math that are wanted. All of it would also link code that flushes subnormal numbers to zero,
+    # in this whole process, from the moment the library is loaded.
     flags = "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only".split()
     flags += ["-shared", "-fPIC"]
     if platform.machine() in ("x86_64", "AMD64"):

@@ -340,8 +340,8 @@ def project(weights_GB: np.ndarray, mass_B: np.ndarray) -> tuple[np.ndarray, flo
         wished_B = weights_GB.sum(0) / weights_GB.sum()
         b = int(np.argmax(np.abs(np.log(wished_B / mass_B))))
         raise InputError(
-            "the schedule cannot use every segment exactly once: it visits too few bins at a time for each to be used up "
-            f"when it moves on (it wishes bin {b} for {wished_B[b]:.1%} of the tokens, there are {mass_B[b]:.1%}); "
+            "the schedule cannot use every segment exactly once: it visits too few bins at a time for each to be used "
+            f"up when it moves on (it wishes bin {b} for {wished_B[b]:.1%} of the tokens, there are {mass_B[b]:.1%}); "
             "use a wider sigma, fewer bins, or --multiset reweight"
         )
     return (row_G if error < TOLERANCE else row_G * held_G * num_cells)[:, None] * weights_GB * column_B, error
@@ -465,6 +465,17 @@ def load_order(path: Path | str) -> Order:
     if manifest.get("version") != ORDER_VERSION:
         raise InputError(f"{path}: order format version {manifest.get('version')}, expected {ORDER_VERSION}")
     return Order(load_hashed(path, manifest.get("order_sha256")), manifest)
+
+
+def load_static_order(path: Path | str) -> Order:
+    """An order to be read from front to back. Raises InputError also if it is one to be drawn from as a run goes."""
+    order = load_order(path)
+    if "adaptive" in order.manifest:
+        raise InputError(
+            f"{path}: adaptive: train_gpt.py draws from it as it goes, nothing else can; use what a run drew, "
+            "python -m curriculum.adaptive RUN --out FILE"
+        )
+    return order
 
 
 def load_hashed(path: Path, recorded: str | None) -> np.ndarray:

@@ -58,6 +58,9 @@ def main(
     paths = {name: (out or order.parent) / f"{order.stem}-{name}.npy" for name in only or CONTROLS}
     written = 0
     for name, path in paths.items():
+        if name == "reverse" and "adaptive" in about:
+            print(f"{path}: not written, what is drawn as a run goes has no reverse")
+            continue
         options = variant(about, name)
         if (options["measure"], parse(options["schedule"]).text) == (about["measure"], about["schedule"]):
             print(f"{path}: not written, {order.name} is its own {name} control")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from curriculum.order import Order, check_segments, load_order, sorted_pool
+from curriculum.order import Order, check_segments, load_static_order, sorted_pool
 from curriculum.score import read_scores
 from data.cli import InputError, command
 from data.files import atomic_folder, atomic_path, write_json
@@ -54,7 +54,7 @@ def main(
     """
     if out.exists():
         raise InputError(f"{out}: already there; remove it or choose another --out")
-    loaded = load_order(order)
+    loaded = load_static_order(order)
     corpus = open_shards_of(loaded, shards)
     segments = corpus_segments(corpus, loaded.manifest["max_len"], loaded.manifest["unit"])
     check_segments(loaded, segments, order)

@@ -121,6 +121,8 @@ def open_parent(run: Path) -> Parent:
     if cfg.model.tie_frac:
         raise InputError(f"{run}: its embedding and head are tied for a while; such a run cannot be branched from")
     work = runs.prepare(cfg, lambda _: None)
+    if work.pool:
+        raise InputError(f"{run}: drew its data as it went; probe a run on its replay (curriculum.adaptive)")
     begin_S, points = work.plan.begin_S, []
     for path in sorted(run.glob("step*.pt"), key=lambda path: int(path.stem[4:])):
         step = int(path.stem[4:])

@@ -19,8 +19,10 @@ import train_gpt
 from curriculum import adaptive, order, score
 from curriculum.adaptive import Rule, Streams, drawn_shares, learned, rewards
 from curriculum.compare import ORDER, SELECTION
+from curriculum.loader import open_stream
 from curriculum.records import as_compared, find_runs, usable_arms
 from data.cli import InputError
+from scripts import controls
 from tests.test_train_gpt import ALONE, ONE, ROOT, command, rows_of, same_weights, tiny_config
 
 RULE = Rule(eta=0.5, share=0.1, floor=0.25)
@@ -177,6 +179,14 @@ def test_the_order_file_is_the_pool_interleaved_evenly(made):
     assert loaded.manifest["schedule"] == "adaptive(reward=progress, eta=1.0, share=0.1, floor=0.25)"
     order.main(made[1] / "scores", made[1] / "even.npy", "unigram_nll", "stratified", BINS, seed=3)
     assert np.array_equal(loaded.ids_N, order.load_order(made[1] / "even.npy").ids_N)
+
+
+def test_other_readers_and_controls_know_what_a_pool_is(made, tmp_path, capsys):
+    corpus, folder = made
+    with pytest.raises(InputError, match="adaptive: train_gpt.py draws from it as it goes"):
+        open_stream(corpus, folder / "adaptive.npy")
+    controls.main(folder / "adaptive.npy", only=("reverse", "random"), out=tmp_path)
+    assert "has no reverse" in capsys.readouterr().out and (tmp_path / "adaptive-random.npy").exists()
 
 
 def test_what_was_decided_follows_from_what_was_measured(made, short):
