@@ -310,5 +310,5 @@ def test_what_has_no_value_can_be_given_one():
     columns = {"zstd_ratio": np.array([0.4, np.nan, 0.6], np.float32)}
     np.testing.assert_allclose(evaluate("fill(zstd_ratio, 1)", columns), [0.4, 1, 0.6], rtol=1e-6)
     assert evaluate("z(fill(zstd_ratio, 0.5))", columns)[1] == pytest.approx(0, abs=1e-6)
-    with pytest.raises(InputError, match=r"'log\(fill\(zstd_ratio, 0\)\)' is NaN or infinite for 1 of 3 .* as fill"):
+    with pytest.raises(InputError, match=r"'log\(fill\(zstd_ratio, 0\)\)' is NaN or infinite for 1 of 3 .* as in fill"):
         evaluate("log(fill(zstd_ratio, 0))", columns)
