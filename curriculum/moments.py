@@ -125,7 +125,7 @@ def token_moments(
 def auto_backend(hidden_ND: Tensor, head_VD: Tensor) -> str:
     """Native on a CPU that has a C compiler, compiled on CUDA where there is enough to do, else eager.
 
-    Of the bare product's speed on two AVX-512 cores (V = 50,304, D = 768) native reaches 0.92, eager and compiled 0.8
+    Of the bare product's speed on two AVX-512 cores (V = 50,304, D = 768) native reaches 0.91-0.94, eager 0.7, compiled 0.75
     (LOG.md, 2026-11-21). Triton waits for a GPU to show that it is faster than compiled.
     """
     backend = device_backend(hidden_ND.device.type)
@@ -265,7 +265,7 @@ def _library():
             library.reduce_rows.argtypes = [pointer, size, size, size, ctypes.c_float, pointer, size]
             library.reduce_rows.restype = None
             return library
-    print("note: no C compiler (cc) builds curriculum/moments.c here: scoring on this CPU is a seventh slower")
+    print("note: no C compiler (cc) builds curriculum/moments.c here: scoring's head is a fifth slower on this CPU")
     return None
 
 

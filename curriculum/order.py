@@ -106,11 +106,8 @@ def main(
         raise InputError(f"--epochs {epochs}: expected 1 to {MOST_REPEATS}")
     if multiset == "reweight" and (epochs > 1 or subset_seed):
         raise InputError("--multiset reweight draws from the whole corpus: it takes --tokens, not --epochs or a subset")
-    layout, plan, run = (
-        Layout(bins, second_bins, axis, hold_extremes),
-        parse(schedule),
-        load(config) if config else None,
-    )
+    layout, plan = Layout(bins, second_bins, axis, hold_extremes), parse(schedule)
+    run = load(config) if config else Config()
     table = read_scores(scores)
     length_N = table.segments.length_N
     values = [evaluate(part, table.columns) for part in measures_of(measure)]
@@ -125,8 +122,7 @@ def main(
     else:
         pool_P, budget = None, tokens or table.segments.num_tokens
         built = build_order(values, length_N, plan, layout, seed, budget_tokens=budget)
-    optim, batch_tokens = (run or Config()).optim, (run or Config()).data.batch_tokens
-    told = describe(built, batch_tokens, optim.lr_scale)
+    told = describe(built, run.data.batch_tokens, run.optim.lr_scale)
     ids = built.order_M if pool_P is None or len(pool_P) == len(table.segments) else pool_P[built.order_M]
     manifest = dict(
         scores=dict(folder=str(scores), id=table.id, segments_sha256=table.segments.digest()),
@@ -151,7 +147,7 @@ def main(
         second_edges=built.bins.second_edges.tolist(),
         bin_tokens=built.bins.tokens_S.tolist(),
         schedule_error=built.schedule_error,
-        diagnosed_with=dict(config=str(config) if config else "defaults", batch_tokens=batch_tokens),
+        diagnosed_with=dict(config=str(config) if config else "defaults", batch_tokens=run.data.batch_tokens),
         **told,
     )
     if any(scores.glob("*_val_*.parquet")):
