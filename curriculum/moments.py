@@ -125,7 +125,7 @@ def token_moments(
 def auto_backend(hidden_ND: Tensor, head_VD: Tensor) -> str:
     """Native on a CPU that has a C compiler, compiled on CUDA where there is enough to do, else eager.
 
-    Of the bare product's speed on two AVX-512 cores (V = 50,304, D = 768) native reaches 0.91-0.94, eager 0.7, compiled 0.75
+    Of the bare product on two AVX-512 cores (V = 50,304, D = 768) native reaches 0.91-0.94, eager 0.7, compiled 0.75
     (LOG.md, 2026-11-21). Triton waits for a GPU to show that it is faster than compiled.
     """
     backend = device_backend(hidden_ND.device.type)

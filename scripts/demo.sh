@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a comparison of orders, on a CPU, with no network but the package index: about 5 minutes on 2 cores, after set-up.
+# From nothing to a comparison of orders, on a CPU, with no network but the package index: about 5 minutes on 2 cores,
+# after set-up.
 # Everything lands in runs/demo. Stop it at any time and start it again: it continues where it was.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
